@@ -1,0 +1,61 @@
+"""ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
+
+from espo_lightning.checkpoint import LoRA, load_policy
+from espo_lightning.data import PromptDataModule
+from espo_lightning.likelihood import ELBO, Likelihood, MeanField, QuadratureELBO, TimeELBO, score
+from espo_lightning.loss import (
+    espo_loss,
+    k1,
+    k1_score,
+    k2,
+    k2_u,
+    k3,
+    leave_one_out,
+    mean_centred,
+    sequence_ratio,
+    standardised,
+    token_ratio,
+)
+from espo_lightning.masking import Masks
+from espo_lightning.module import ESPOModule, Rollout
+from espo_lightning.policy import Policy, Prompts
+from espo_lightning.sampler import Decoding, generate, low_confidence, random_order
+from espo_lightning.scratch import new_policy
+from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
+
+__all__ = [
+    "ELBO",
+    "Countdown",
+    "Decoding",
+    "ESPOModule",
+    "Likelihood",
+    "LoRA",
+    "Masks",
+    "MeanField",
+    "Policy",
+    "Problem",
+    "PromptDataModule",
+    "Prompts",
+    "QuadratureELBO",
+    "Rollout",
+    "Sudoku",
+    "Task",
+    "TimeELBO",
+    "espo_loss",
+    "generate",
+    "k1",
+    "k1_score",
+    "k2",
+    "k2_u",
+    "k3",
+    "leave_one_out",
+    "load_policy",
+    "low_confidence",
+    "mean_centred",
+    "new_policy",
+    "random_order",
+    "score",
+    "sequence_ratio",
+    "standardised",
+    "token_ratio",
+]

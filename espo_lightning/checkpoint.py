@@ -1,0 +1,415 @@
+"""Checkpoints: from folders and hub ids to policies; LoRA; references.
+
+What a checkpoint is, is read from its config.json (see `formats`) and its tokenizer, never from its name.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from espo_lightning.formats import FORMATS, llada_names, make_config
+from espo_lightning.policy import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters through peft; the defaults are the paper's.
+
+    There is no dropout: rollouts, old scores and updates must come from one and the same function, and a
+    dropped-out adapter is another function in every forward pass.
+
+    Args:
+        rank: of each adapter.
+        alpha: its product is scaled by alpha / rank.
+        target_modules: the linear layers that get one, by the end of their name.
+        seed: of the initial A (B is zero); torch's global generator is neither read nor advanced.
+    """
+
+    rank: int = 128
+    alpha: float = 64
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0 or not self.target_modules:
+            raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and at least one target module, got {self}")
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    gradient_checkpointing: bool = False,
+    lora: LoRA | None = None,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Load a policy. Memory peaks at one copy of the weights and one tensor.
+
+    The policy is in eval mode; with ``gradient_checkpointing`` it is in train mode, the only one in which
+    transformers checkpoints. The mode changes nothing else: there is no dropout in either.
+
+    Args:
+        path: a local folder or a hub id, in one of the formats of `formats`, or a peft LoRA adapter for one of them.
+        dtype: of the weights: float32, bfloat16, float16, or auto (as stored). New adapters are float32.
+        attention: transformers' kernel: sdpa, eager, flash_attention_2, ...
+        gradient_checkpointing: recompute every layer in the backward pass instead of keeping its activations.
+        lora: adapters to add; everything else is then frozen.
+        trust_remote_code: run the checkpoint's own code where its model_type is unknown. It must be laid out like Llama
+            (``.model``, ``.lm_head``) and attend in both directions; its shift is ``logits_shift``, else 0.
+
+    Raises:
+        FileNotFoundError: no such folder, config or shard.
+        ValueError: anything in them that does not fit.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    folder = resolve(path, code=trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        if lora is not None:
+            raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
+        base = _base_of(folder)
+        policy = load_policy(base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+        policy.model = _load_adapter(policy.model, folder, base)
+    else:
+        raw = _read_json(folder, "config.json")
+        tokenizer = _load_tokenizer(folder, trust_remote_code)
+        load = _load_remote if trust_remote_code and raw.get("model_type") not in FORMATS else _load_known
+        model = load(folder, raw, DTYPES[dtype], attention)
+        local = folder == Path(path).expanduser()
+        model.config._name_or_path = model.name_or_path = str(folder.resolve() if local else path)  # peft notes it
+        policy = _make_policy(model, tokenizer, folder)
+        if lora is not None:
+            policy.model = _add_adapter(model, lora)
+    if gradient_checkpointing:
+        _checkpoint_layers(policy)
+    return policy.train(gradient_checkpointing)
+
+
+def attends_forward(policy: Policy) -> bool:
+    """Whether the first logits depend on the last token, as they must in a model that denoises."""
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=policy.device)
+    select = (torch.arange(4, device=policy.device) == policy.shift).expand(2, -1)
+    with torch.no_grad():
+        first, second = policy(ids, None, select, lambda logits: logits)
+    return not torch.equal(first, second)
+
+
+# ---- references -----------------------------------------------------------------------------------------------------
+
+
+class FrozenReference(nn.Module):
+    """A frozen copy of a policy, called like it."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        facts = {"mask_id": policy.mask_id, "shift": policy.shift, "causal": policy.causal}
+        self.policy = Policy(deepcopy(policy.model), policy.tokenizer, **facts).requires_grad_(False).eval()
+        self.mask_id = policy.mask_id
+
+    @torch.no_grad()
+    def forward(self, *args: Any) -> Any:
+        return self.policy(*args)
+
+    def train(self, mode: bool = True) -> "FrozenReference":
+        """Stays in eval mode, whatever its parent does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def sync(self, policy: Policy) -> None:
+        """Take over the policy's weights."""
+        for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
+            mine.copy_(theirs)
+
+
+class AdapterOff:
+    """The policy without its adapters: the base that they started from, without a second copy.
+
+    No nn.Module on purpose, so that its owner does not hold the policy's parameters twice.
+    """
+
+    def __init__(self, policy: Policy):
+        self.policy, self.mask_id = policy, policy.mask_id
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        with self.policy.model.disable_adapter():
+            return self.policy(*args)
+
+    def sync(self, policy: Policy) -> None:
+        raise ValueError(
+            "the reference of a LoRA policy is its base, which never changes, so it cannot be synced: "
+            "switch syncing off, or train all weights (lora: null)"
+        )
+
+
+def make_reference(policy: Policy) -> FrozenReference | AdapterOff:
+    """The policy as it is now, or, if it has adapters, the base without them."""
+    return AdapterOff(policy) if policy.has_adapters else FrozenReference(policy)
+
+
+def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
+    """A policy of a model and a tokenizer, once they fit together."""
+    config, vocabulary = model.config, model.get_input_embeddings().num_embeddings
+    causal = getattr(config, "is_causal", True) is not False
+    if not causal and getattr(config, "mask_token_id", None) is None:
+        config.mask_token_id = tokenizer.mask_token_id
+    mask_id = None if causal else config.mask_token_id
+    if not causal and mask_id is None:
+        raise ValueError(
+            f"{folder} has no mask token: set mask_token_id in config.json, or mask_token in tokenizer_config.json"
+        )
+    largest = max([mask_id or 0, tokenizer.pad_token_id, *tokenizer.get_vocab().values()])
+    if largest >= vocabulary:
+        raise ValueError(
+            f"tokenizer and weights of {folder} do not belong together: token id {largest}, "
+            f"but the embedding has {vocabulary} rows"
+        )
+    return Policy(model, tokenizer, mask_id=mask_id, shift=1 if causal else config.logits_shift, causal=causal)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str | Path, *, code: bool = False) -> Path:
+    """The local folder of a checkpoint; a hub id (owner/name) is downloaded first."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not folder.parent.is_dir()
+    if not hub_id or folder.exists():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: expected a checkpoint folder or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", *(["*.py"] if code else [])]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as error:  # a dozen classes, from HTTP to file locks
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{path} is no local folder, and the hub did not give it: {reason}") from error
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} has no {name}: expected a checkpoint folder in Hugging Face form") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / name} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool):
+    """The tokenizer with eos, pad and chat template. A tokenizer.json is taken as it is, whatever class wrote it."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        elif (folder / "merges.txt").is_file():  # what Qwen2 and Dream publish
+            tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {folder} has no end-of-text token: set eos_token in tokenizer_config.json")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {folder} has no chat template: set chat_template in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a folder, shard by shard."""
+    names = ["model.safetensors"]
+    if (folder / "model.safetensors.index.json").is_file():
+        weight_map = _read_json(folder, "model.safetensors.index.json").get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{folder / 'model.safetensors.index.json'} has no weight_map")
+        names = sorted(set(weight_map.values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}: copy the complete checkpoint, as safetensors")
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt") as shard:
+                keys = list(shard.keys())
+            for key in keys:
+                with safe_open(folder / name, "pt") as shard:  # opened anew, which lets go of the pages already read
+                    yield key, shard.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or no safetensors file: {error}") from error
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def _load_known(folder: Path, raw: dict, dtype: torch.dtype | None, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = make_config(raw)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error}") from error
+    config.attention_dropout = 0.0  # eval and train mode are one function
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"no model can be made of {folder} with attention={attention!r}: {reason}") from error
+    with torch.device("cpu"):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # made anew: its buffers are in no checkpoint
+    model.model.embed_tokens.padding_idx = None  # else a pad token that is end-of-text too would never learn
+    own = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
+    _fill(model, _tensors(folder), llada_names(config) if raw["model_type"] == "llada" else own, folder, dtype)
+    return model
+
+
+def _fill(model: nn.Module, tensors: Iterator, names: dict[str, str], folder: Path, dtype: torch.dtype | None) -> None:
+    """Give every parameter its tensor. names: the checkpoint's name of each -> the model's."""
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = model.config.tie_word_embeddings
+    missing, problems = dict.fromkeys(names), []
+    for key, tensor in tensors:
+        missing.pop(key, None)
+        if key not in names:
+            if not key.endswith("rotary_emb.inv_freq"):  # which old checkpoints carry and nothing needs
+                problems.append(f"unexpected {key}")
+        elif tensor.shape != shapes[names[key]] or not tensor.is_floating_point():
+            came, needed = (list(tensor.shape), tensor.dtype), list(shapes[names[key]])
+            problems.append(f"{key} is {came[0]} {came[1]}, where config.json needs floats {needed}")
+        else:
+            parent, _, leaf = names[key].rpartition(".")
+            parameter = nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True))  # a copy: tensor maps the file
+            setattr(model.get_submodule(parent), leaf, parameter)
+    problems += [f"missing {key}" for key in missing if not (tied and names[key] == "lm_head.weight")]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:6])}{more}")
+    if tied:
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        if not head.is_meta and not torch.equal(head, embedding):
+            raise ValueError(f"config.json in {folder} ties the head to the embedding, but the weights of both differ")
+        model.lm_head.weight = embedding
+
+
+def _load_remote(folder: Path, raw: dict, dtype: torch.dtype | None, attention: str) -> nn.Module:
+    import transformers
+
+    name = "AutoModelForCausalLM" if "AutoModelForCausalLM" in raw.get("auto_map", {}) else "AutoModel"
+    try:
+        model = getattr(transformers, name).from_pretrained(
+            folder, dtype=dtype or "auto", attn_implementation=attention, trust_remote_code=True
+        )
+        full = attends_forward(Policy(model, None, mask_id=None))
+    except Exception as error:  # somebody else's code
+        raise ValueError(
+            f"the code of {folder} cannot be used, {type(error).__name__}: {error}. It must run under transformers "
+            f"{transformers.__version__} and be laid out like LlamaForCausalLM (.model, .lm_head)"
+        ) from error
+    if not full:
+        raise ValueError(
+            f"the code of {folder} attends backwards only: its first logits ignore the last token, so it cannot "
+            "denoise. Use a checkpoint whose code attends in both directions"
+        )
+    model.config.is_causal, model.config.logits_shift = False, raw.get("logits_shift", 0)
+    return model
+
+
+def _checkpoint_layers(policy: Policy) -> None:
+    """Non-reentrant, because one loss may take several forward passes; without dropout no generator needs saving."""
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    lm = policy.model.get_base_model() if policy.has_adapters else policy.model
+    if hasattr(lm, "activation_checkpointing_enable"):
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:  # its name in older transformers
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _add_adapter(model: nn.Module, lora: LoRA) -> nn.Module:
+    from peft import LoraConfig
+
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = sorted(set(lora.target_modules) - layers)
+    if unknown:
+        raise ValueError(f"LoRA target_modules {unknown} are not in this model: choose from {sorted(layers)}")
+    model = _wrap(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=list(lora.target_modules),
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    generator = torch.Generator().manual_seed(lora.seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    return model
+
+
+def _wrap(model: nn.Module, config: Any) -> nn.Module:
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
+        return get_peft_model(model, config)
+
+
+def _base_of(folder: Path) -> str:
+    base = _read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder} does not say what it adapts: set base_model_name_or_path in adapter_config.json")
+    try:
+        resolve(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the base of the adapter {folder} is gone ({error}): set base_model_name_or_path in adapter_config.json"
+        ) from error
+    return base
+
+
+def _load_adapter(model: nn.Module, folder: Path, base: str) -> nn.Module:
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != "LORA":
+        raise ValueError(f"{folder} is a {config.peft_type} adapter: only LORA has a reference with the adapter off")
+    config.inference_mode, config.lora_dropout = False, 0.0
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors: copy the complete adapter")
+    try:
+        weights = load_file(file)
+        model = _wrap(model, config)
+        ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+        wrong = sorted(ours.keys() ^ weights.keys()) or [k for k in ours if ours[k].shape != weights[k].shape]
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors differ in name or shape, the first is {wrong[0]}")
+        set_peft_model_state_dict(model, weights)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"the adapter {folder} does not fit its base {base}: {error}") from error
+    return model

@@ -1,0 +1,158 @@
+"""Command lines: from a typed function to a program whose errors are one message and exit code 2."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from espo_lightning.runs import RESUME, RunCheckpoint
+
+BAD_INPUT = (ValueError, OSError)  # what constructors and loaders raise when an argument is wrong
+
+
+def run(function: Callable, command: str, argv: list[str] | None, defaults: dict[str, Any] | None = None) -> Any:
+    """Parse ``argv`` into the arguments of ``function``, build the objects among them, and call it.
+
+    Args:
+        function: typed and documented; its parameters become the flags. A parameter ``settings`` gets all
+            parsed values as a plain dictionary instead.
+        command: what the user typed, for the usage line.
+        defaults: of parameters whose default cannot stand in the signature.
+    """
+    parser = ArgumentParser(prog=f"python -m {command}", usage=f"python -m {command} [--config FILE] [--KEY=VALUE ...]")
+    parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
+    parser.add_function_arguments(function, skip={"settings"})
+    parser.set_defaults(defaults or {})
+    config = parser.parse_args(argv)
+    config.pop("config")
+    try:
+        arguments = vars(parser.instantiate_classes(config))
+        if "settings" in signature(function).parameters:
+            arguments["settings"] = json.loads(parser.dump(config, format="json", skip_none=False))
+        return function(**arguments)
+    except BAD_INPUT as error:
+        parser.error(str(error))
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
+
+    Top-level arguments: ``seed`` (of everything; no global generator is touched), ``run_dir``,
+    ``checkpoint_every``, ``ckpt_path``.
+    """
+
+    def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
+        self.command, self.defaults = command, defaults
+        super().__init__(
+            module_class,
+            data_class,
+            args=argv,
+            run=False,
+            seed_everything_default=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": f"python -m {command}",
+                "usage": f"python -m {command} [--config FILE] [--trainer.K=VALUE] [--model.K=VALUE] [--data.K=VALUE]",
+            },
+            trainer_defaults={
+                "max_epochs": 1,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "accelerator": "auto",
+                "enable_model_summary": False,
+                **trainer_defaults,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.add_argument("--seed", type=int, default=0, help="of weights, problems, rollouts and masks")
+        parser.add_argument(
+            "--run_dir", type=str, default=None, help="where everything is written (default: runs/TIME)"
+        )
+        parser.add_argument("--checkpoint_every", type=int, default=10, help="training batches between checkpoints")
+        parser.add_argument(
+            "--ckpt_path", type=str, default=None, help="resume from this checkpoint, in its run folder"
+        )
+        parser.link_arguments("seed", "model.seed")
+        parser.link_arguments("seed", "data.seed")
+        parser.set_defaults(self.defaults)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run folder, refuse to write into somebody's results, and let loggers write into it."""
+        config = self.config
+        if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
+            self.parser.error(f"ckpt_path {config.ckpt_path} does not exist")
+        resumed = None if config.ckpt_path is None else str(Path(config.ckpt_path).resolve().parents[1])
+        # processes that Lightning starts inherit the choice of the first one
+        chosen = config.run_dir or resumed or os.environ.get("ESPO_RUN_DIR") or time.strftime("runs/%Y%m%d-%H%M%S")
+        os.environ["ESPO_RUN_DIR"] = chosen
+        self.run_dir = Path(chosen)
+        if resumed is None and rank_zero_only.rank == 0 and self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+            self.parser.error(
+                f"run_dir {self.run_dir} exists and is not empty: name another one, remove it, or resume with --ckpt_path"
+            )
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            arguments = getattr(logger, "init_args", None)
+            if arguments is not None and arguments.get("save_dir", "") in (None, "."):
+                arguments.save_dir = str(self.run_dir)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (*BAD_INPUT, MisconfigurationException) as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs):
+        """Lightning's trainer, with the run folder's CSV logger and checkpoints."""
+        config = self.config_init.trainer
+        loggers = config.logger if isinstance(config.logger, list) else [config.logger]
+        if rank_zero_only.rank == 0:
+            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            earlier = self.run_dir / "metrics.csv"
+            if earlier.exists():  # CSVLogger would delete it
+                earlier.rename(self.run_dir / f"metrics.{len(list(self.run_dir.glob('metrics.*.csv'))):03d}.csv")
+            self.parser.save(self.config, self.run_dir / "config.yaml", skip_none=False, overwrite=True)
+        self.checkpoint = RunCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every)
+        return super().instantiate_trainer(
+            logger=[*(x for x in loggers if isinstance(x, Logger)), CSVLogger(self.run_dir, name="", version="")],
+            default_root_dir=self.run_dir,
+            callbacks=[*(config.callbacks or []), *self.extra_callbacks(), self.checkpoint],
+            **kwargs,
+        )
+
+    def extra_callbacks(self) -> list[Callback]:
+        """Callbacks of a subclass."""
+        return []
+
+    def fit(self) -> None:
+        """Train; after Ctrl-C, say how to resume and exit with 130."""
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+        if self.checkpoint.interrupted:
+            command = RESUME.format(command=self.command, folder=self.run_dir, checkpoint=self.checkpoint.latest)
+            self.finish([f"stopped; resume with\n  {command}"])
+            raise SystemExit(130)
+
+    def save_policy(self) -> Path:
+        """Write the policy as a Hugging Face folder (adapters in peft's format)."""
+        folder = self.run_dir / "policy"
+        if self.trainer.is_global_zero:
+            self.model.policy.save(folder)
+        return folder
+
+    def finish(self, lines: list[str]) -> None:
+        """Show closing lines on the first process."""
+        if self.trainer.is_global_zero:
+            sys.stdout.write("\n".join(lines) + "\n")

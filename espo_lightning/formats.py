@@ -1,0 +1,131 @@
+"""Formats: what a config.json says a checkpoint is, and LLaDA's names and config in both directions.
+
+    model_type             is_causal   read as                            mask token   shift
+    llada                  any         Llama, full attention              yes          0
+    Dream                  any         Qwen2, full attention              yes          1
+    llama, qwen2, qwen3    false       the same class, full attention     yes          its ``logits_shift``
+    llama, qwen2, qwen3    otherwise   the same class, causal attention   none         1
+
+Masked models get ``is_causal`` False, ``mask_token_id`` and ``logits_shift`` in their config, so that what is saved
+opens as what it was, here and in transformers. LLaDA's and Dream's own config is kept in ``original_config``.
+"""
+
+from typing import Any
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+FORMATS = ("llada", "Dream", "dream", *FAMILIES)
+
+LLADA_BLOCK = {  # parameters of a block: LLaDA's name -> Llama's
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+LLADA_TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+LLADA_CONFIG = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "embedding_size": "vocab_size",  # rows of the embedding; LLaDA's own vocab_size may be smaller
+    "max_sequence_length": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "weight_tying": "tie_word_embeddings",
+    "mask_token_id": "mask_token_id",
+    "pad_token_id": "pad_token_id",
+    "eos_token_id": "eos_token_id",
+}
+LLADA_FIXED = {  # what makes LLaDA a Llama; where a config says otherwise, it is another network
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+}
+
+
+def make_config(raw: dict) -> Any:
+    """The transformers config of a checkpoint whose config.json is ``raw``."""
+    from transformers import AutoConfig, LlamaConfig, Qwen2Config
+
+    kind = raw.get("model_type")
+    if kind not in FORMATS:
+        raise ValueError(
+            f"unknown model_type {kind!r} in config.json: expected one of {', '.join(FORMATS)}; "
+            "or set trust_remote_code to run the checkpoint's own code"
+        )
+    if kind == "llada":
+        odd = {key: raw[key] for key, value in LLADA_FIXED.items() if raw.get(key, value) not in (value, None)}
+        if odd:
+            raise ValueError(f"this LLaDA is no Llama and cannot be read as one: {odd} in config.json")
+        derived = {
+            "n_kv_heads": 1 if raw.get("multi_query_attention") else raw["n_heads"],
+            "mlp_hidden_size": int(raw.get("mlp_ratio", 4) * raw["d_model"]),
+            "embedding_size": raw["vocab_size"],
+            **dict.fromkeys(("mask_token_id", "pad_token_id", "eos_token_id")),
+        }
+        full = derived | {key: value for key, value in raw.items() if value is not None}
+        return LlamaConfig(
+            **{ours: full[theirs] for theirs, ours in LLADA_CONFIG.items()},
+            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
+            bos_token_id=None,
+            is_causal=False,
+            logits_shift=0,
+            original_config=raw,
+        )
+    if kind in ("Dream", "dream"):
+        qwen2 = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
+        return Qwen2Config(**qwen2 | {"is_causal": False, "logits_shift": 1, "original_config": raw})
+    if raw.get("is_causal") is False and raw.get("logits_shift") not in (0, 1):
+        raise ValueError(
+            "config.json has is_causal: false, so logits_shift must be 0 (hidden state i predicts token i) "
+            f"or 1 (hidden state i-1 does), got {raw.get('logits_shift')!r}"
+        )
+    return AutoConfig.for_model(**raw)
+
+
+def llada_names(config: Any) -> dict[str, str]:
+    """LLaDA's parameter names -> those of ``LlamaForCausalLM``."""
+    blocks = {
+        f"model.transformer.blocks.{n}.{theirs}.weight": f"model.layers.{n}.{ours}.weight"
+        for n in range(config.num_hidden_layers)
+        for theirs, ours in LLADA_BLOCK.items()
+    }
+    return blocks | {f"model.transformer.{theirs}.weight": f"{ours}.weight" for theirs, ours in LLADA_TOP.items()}
+
+
+def was_llada(config: Any) -> bool:
+    """Whether the checkpoint came in LLaDA's format."""
+    return (getattr(config, "original_config", None) or {}).get("model_type") == "llada"
+
+
+def llada_config(config: Any) -> dict:
+    """The config.json of a masked Llama in LLaDA's format: the original one, or a new one if it never had one."""
+    if was_llada(config):
+        return config.original_config
+    needs = {
+        "model_type": "llama",
+        "is_causal": False,
+        "logits_shift": 0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+    }
+    odd = {key: getattr(config, key, None) for key, value in needs.items() if getattr(config, key, None) != value}
+    if odd or config.rope_parameters["rope_type"] != "default":
+        raise ValueError(f"LLaDA's format cannot hold this model ({odd or config.rope_parameters}): use --format hf")
+    llama = {theirs: getattr(config, ours) for theirs, ours in LLADA_CONFIG.items()}
+    rest = {"vocab_size": config.vocab_size, "rope_theta": config.rope_parameters["rope_theta"]}
+    return {"model_type": "llada", "architectures": ["LLaDAModelLM"]} | llama | rest | LLADA_FIXED

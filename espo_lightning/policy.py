@@ -1,0 +1,177 @@
+"""Policies: language models on transformers' own Llama, Qwen2 and Qwen3, seen through one small interface.
+
+LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden state i-1 predicts token i.
+What a checkpoint is, is read from its config and tokenizer, never from its name.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
+Messages = list[dict[str, str]]
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts of one width. ids: int64 [B, P]. mask: bool [B, P], True = real; None = no padding."""
+
+    ids: Tensor
+    mask: Tensor | None
+
+    def attention(self, length: int) -> Tensor | None:
+        """Key mask of prompt and canvas, bool [B, P + length], or None where nothing is padded."""
+        return None if self.mask is None else F.pad(self.mask, (0, length), value=True)
+
+    def of(self, rows: slice | Tensor) -> "Prompts":
+        """Some of the rows."""
+        return Prompts(self.ids[rows], None if self.mask is None else self.mask[rows])
+
+    def repeat_each(self, n: int) -> "Prompts":
+        """Every row ``n`` times in a row: [B, P] -> [B n, P]."""
+        return Prompts(
+            self.ids.repeat_interleave(n, 0), None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        )
+
+
+class Policy(nn.Module):
+    """A language model, its tokenizer, and the one forward pass that sampler and scorer share.
+
+    Args:
+        model: a causal-LM class of transformers with a Llama-like layout.
+        tokenizer: with pad and eos tokens, and a mask token unless ``causal``.
+        mask_id: the mask token; None for causal models.
+        shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
+        causal: whether attention looks backwards only.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, mask_id: int | None, shift: int = 0, causal: bool = False):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.mask_id, self.shift, self.causal = mask_id, shift, causal
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the model is a peft model, whose adapters can be switched off."""
+        return hasattr(self.model, "disable_adapter")
+
+    def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
+        """Chat-templated, left-padded prompts. A string is one user turn.
+
+        Raises:
+            ValueError: a prompt is longer than ``max_length`` tokens; nothing is ever truncated silently.
+        """
+        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        width = max(map(len, rows))
+        if max_length is not None and width > max_length:
+            worst = max(range(len(rows)), key=lambda i: len(rows[i]))
+            raise ValueError(
+                f"a prompt has {width} tokens, more than max_prompt_length={max_length}: raise it, or drop "
+                f"the problem that starts {str(prompts[worst])[:60]!r}"
+            )
+        ids = [[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+        mask = torch.arange(width) >= torch.tensor([[width - len(row)] for row in rows])
+        return Prompts(torch.tensor(ids, device=self.device), None if mask.all() else mask.to(self.device))
+
+    def decode(self, completion: Tensor) -> list[str]:
+        """Text of each completion [B, L] up to its first end-of-text token, without special tokens."""
+        return [
+            self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+            for row, n in zip(completion, self.lengths(completion))
+        ]
+
+    def lengths(self, completion: Tensor) -> Tensor:
+        """Tokens before the first end-of-text token: [B, L] -> [B]."""
+        ends = torch.isin(completion, torch.tensor(sorted(self.eos_ids), device=completion.device))
+        return torch.where(ends.any(-1), ends.int().argmax(-1), completion.shape[-1])
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Tokens that end a text: the tokenizer's and those that the config names."""
+        named = self.config.eos_token_id
+        named = named if isinstance(named, list) else [named]
+        return {i for i in [*named, self.tokenizer.eos_token_id] if i is not None}
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention: Tensor | None,
+        select: Tensor,
+        reduce: Callable[..., Any],
+        *columns: Tensor,
+    ) -> Any:
+        """Run the network and the head on the selected positions only.
+
+        Args:
+            ids: int64 [N, T].
+            attention: bool [N, T], True = attend to this key; None = to all.
+            select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here).
+            reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
+                chunks, so that the logits of all positions never exist at once.
+            columns: tensors [n], one entry per selected position in row-major order.
+
+        Returns:
+            What ``reduce`` returns, for all n positions.
+        """
+        lm = self.model.get_base_model() if self.has_adapters else self.model
+        hidden = lm.model(ids, attention_mask=self._bias(attention), use_cache=False).last_hidden_state
+        if self.shift:
+            hidden, select = hidden[:, :-1], select[:, 1:]
+        return apply_head(lm.lm_head, hidden[select], reduce, columns)
+
+    def _bias(self, attention: Tensor | None) -> Tensor | None:
+        """The 4D additive mask [N, 1, 1, T], the one form that SDPA and eager attention both read as a full mask.
+
+        None means full attention, because ``config.is_causal`` is False. Causal models and other kernels (flash, flex)
+        get the plain 2D mask.
+        """
+        if attention is None or self.causal or self.config._attn_implementation not in ("sdpa", "eager"):
+            return attention
+        dtype = self.model.dtype
+        return torch.zeros(attention.shape, dtype=dtype, device=attention.device).masked_fill_(
+            ~attention, torch.finfo(dtype).min
+        )[:, None, None, :]
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft."""
+        # peft would otherwise ask the hub whether the embedding was resized
+        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapters else {}))
+        self.tokenizer.save_pretrained(folder)
+
+
+def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
+    """``reduce(head(hidden).float(), *columns)`` in chunks of at most HEAD_BYTES of logits.
+
+    With several chunks, the backward pass recomputes each one's logits instead of keeping them.
+
+    Args:
+        hidden: [n, d].
+        columns: tensors [n], split along with ``hidden``.
+    """
+
+    def run(hidden: Tensor, *columns: Tensor) -> Any:
+        return reduce(head(hidden).float(), *columns)
+
+    chunk = max(1, HEAD_BYTES // (4 * head.weight.shape[0]))
+    if len(hidden) <= chunk:
+        return run(hidden, *columns)
+    pieces = zip(hidden.split(chunk), *(c.split(chunk) for c in columns))
+    if torch.is_grad_enabled():
+        outputs = [checkpoint(run, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    else:
+        outputs = [run(*piece) for piece in pieces]
+    return torch.cat(outputs) if isinstance(outputs[0], Tensor) else tuple(torch.cat(x) for x in zip(*outputs))

@@ -1,0 +1,98 @@
+"""``python -m espo_lightning.sft``: supervised masked-diffusion training on a task's answers, with the same ELBO."""
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from espo_lightning.cli import TrainingCLI
+from espo_lightning.data import PromptDataModule
+from espo_lightning.likelihood import ELBO, Likelihood, score
+from espo_lightning.masking import fold_in
+from espo_lightning.policy import Policy
+from espo_lightning.tasks.base import Problem
+
+
+def encode_answers(policy: Policy, answers: list[str], length: int) -> Tensor:
+    """Answers as canvases [B, L]: their tokens, then end-of-text tokens to the end, which the model learns as well.
+
+    Raises:
+        ValueError: an answer has more than ``length`` tokens.
+    """
+    rows = [policy.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    longest = max(rows, key=len)
+    if len(longest) > length:
+        raise ValueError(f"an answer has {len(longest)} tokens, more than length={length}: raise length")
+    eos = policy.tokenizer.eos_token_id
+    return torch.tensor([row + [eos] * (length - len(row)) for row in rows], device=policy.device)
+
+
+class SFTModule(LightningModule):
+    """Masked-diffusion supervised training: minimise -ELBO / L of the answers given their prompts.
+
+    Args:
+        policy: `load_policy` of a folder, or `new_policy` from scratch.
+        length: canvas width L in tokens.
+        likelihood: the ELBO estimator; masks are drawn fresh for every example.
+        optimizer: any torch optimizer.
+        warmup: share of the training in which the learning rate rises; it then falls to 0 along a cosine.
+        max_prompt_length: longest prompt in tokens.
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        length: int = 16,
+        likelihood: Likelihood = ELBO(),
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup: float = 0.02,
+        max_prompt_length: int = 512,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.policy, self.length, self.likelihood = policy, length, likelihood
+        self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
+
+    def training_step(self, problems: list[Problem], batch_idx: int) -> Tensor:
+        prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
+        answers = encode_answers(self.policy, [p.answer for p in problems], self.length)
+        index = self.global_rank * len(problems) + torch.arange(len(problems), device=answers.device)
+        masks = self.likelihood.draw(fold_in(fold_in(self.seed, self.global_step).to(index.device), index), self.length)
+        loss = -score(self.policy, prompts, answers, masks).sum(-1).mean() / self.length
+        self.log("train/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            pct_start=self.warmup,
+            cycle_momentum=False,
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli = TrainingCLI(
+        SFTModule,
+        PromptDataModule,
+        argv,
+        command="espo_lightning.sft",
+        defaults={
+            "model.policy": {"class_path": "espo_lightning.new_policy"},
+            "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-3}},
+            "data.batch_size": 128,
+            "data.batches": 2000,
+            "checkpoint_every": 500,
+        },
+        trainer_defaults={"limit_val_batches": 0},
+    )
+    cli.fit()
+    cli.finish([f"policy      {cli.save_policy()}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Code: HumanEval, MBPP (both also in their EvalPlus form) and AceCode, judged by tests in the sandbox.
+
+Prompt and reward of the code recipe of the paper: a system turn that asks for one fenced block, the question with its
+first test, and as reward the share of tests passed, optionally after a gate on the format (see `judge`).
+HumanEval: Chen et al. 2021; MBPP: Austin et al. 2021; the plus forms: Liu et al. 2023; AceCode: Zeng et al. 2025.
+"""
+
+import ast
+import builtins
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from math import comb
+from types import MappingProxyType
+
+from espo_lightning.tasks import sandbox
+from espo_lightning.tasks.base import Messages, Problem, Verdict
+from espo_lightning.tasks.rows import Row, RowTask
+
+SYSTEM = (
+    "You are an expert Python programmer. Think first if you need to, then give your whole solution as the last part "
+    "of your answer, in exactly one fenced block:\n```python\n# your code\n```"
+)
+TEXT_LIMIT = 100_000  # characters of a completion that are read
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL)
+
+
+def extract_code(text: str) -> str | None:
+    """The last closed fenced block of a completion, or None. An opening fence that is never closed does not count."""
+    blocks = FENCE.findall(text[:TEXT_LIMIT])
+    return blocks[-1].replace("\r\n", "\n") if blocks else None
+
+
+def assemble(head: str, entry_point: str, code: str) -> str:
+    """The program to judge. ``head``: a function signature with its docstring (HumanEval), or "".
+
+    Code that defines the entry point comes after the head, which lends its imports and helpers; anything else is taken
+    for the body and continues it.
+    """
+    if head and not re.search(rf"^\s*(async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE):
+        return head + code
+    return f"{head}\n    pass\n\n{code}" if head else code
+
+
+def judge(
+    text: str,
+    *,
+    tests: tuple[str, ...],
+    setup: str = "",
+    exports: tuple[str, ...] = (),
+    modules: tuple[str, ...] = (),
+    entry_point: str = "",
+    head: str = "",
+    format_gate: bool = False,
+    timeout: float = 5.0,
+    memory_mb: int = 512,
+    allow_unsafe: bool = False,
+) -> Verdict:
+    """Run a completion against tests.
+
+    passed: share of the tests passed. exact: all passed. format: 0 no closed fence, 0.5 a fence whose code does not
+    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run; tests that were
+    passed before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence
+    nothing is executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
+
+    Raises:
+        SandboxUnavailable: this host cannot isolate programs; no text of a model can cause it.
+    """
+    code = extract_code(text)
+    if code is None and format_gate:
+        return {"reward": 0.0, "exact": 0.0, "passed": 0.0, "format": 0.0, "failed": 0.0}
+    source = assemble(head, entry_point, text[:TEXT_LIMIT] if code is None else code)
+    result = sandbox.shared(allow_unsafe).test(
+        # a lone surrogate cannot be sent, and is no Python either
+        source.encode("utf-8", "replace").decode("utf-8"),
+        tests,
+        setup=setup,
+        exports=exports,
+        modules=modules,
+        entry_point=entry_point,
+        timeout=timeout,
+        memory_mb=memory_mb,
+    )
+    form = 0.0 if code is None else 0.5 if result.status == "syntax" else 1.0
+    passed = sum(result.passed) / len(tests)
+    return {
+        "reward": passed + (form if format_gate else 0.0),
+        "exact": float(all(result.passed)),
+        "passed": passed,
+        "format": form,
+        "failed": float(result.failed),
+    }
+
+
+def split_tests(body: list[ast.stmt]) -> tuple[str, ...]:
+    """Statements as separate tests; what only prepares (assignments, imports, definitions) goes with the next test.
+
+    Assertions of a constant are left out: some HumanEval tests hold ``assert True``, which any program passes.
+    """
+    tests, pending = [], []
+    for statement in body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue
+        if isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant):
+            continue
+        pending.append(ast.unparse(statement))
+        prepares = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Import | ast.ImportFrom | ast.FunctionDef
+        calls_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
+        if not (isinstance(statement, prepares | ast.ClassDef | ast.Pass) or calls_print):
+            tests.append("\n".join(pending))
+            pending = []
+    return tuple(tests)
+
+
+def needed_names(scripts: list[str], defined: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(exports, modules): names that the scripts must take from the program, and standard modules they use.
+
+    Built-ins and modules are never taken from a program, or it could replace ``all`` or ``math.isclose``; except that a
+    top-level name of the reference solution ``defined`` may shadow a built-in (MBPP asks for a function ``sum``).
+    """
+    used, called, bound = set(), set(), set()
+    for node in ast.walk(ast.parse("\n".join(scripts))):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).split(".")[0])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called.add(node.func.id)
+    reference = {node.name for node in ast.parse(defined).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    free = (used - bound - set(dir(builtins))) | (used & reference)
+    modules = {name for name in free if name in sys.stdlib_module_names and name not in called | reference}
+    return tuple(sorted(free - modules)), tuple(sorted(modules))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from c right ones of n (Chen et al. 2021, Eq. 1).
+
+    Raises:
+        ValueError: unless 0 <= c <= n and 1 <= k <= n; fewer samples than k give no unbiased estimate.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def parses(test: str) -> bool:
+    """Generated test sets hold a few assertions that are no Python; they would fail every program."""
+    try:
+        ast.parse(test)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class CodeTask(RowTask):
+    """format_gate, timeout, memory_mb, allow_unsafe: see `judge` and `sandbox`."""
+
+    format_gate: bool = False
+    timeout: float = 15.0  # the slowest reference solution of MBPP needs about 5
+    memory_mb: int = 512
+    allow_unsafe: bool = False
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        question, answer, test = self.parts(self.row(split, seed, index))
+        prompt: Messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        options = {key: getattr(self, key) for key in ("format_gate", "timeout", "memory_mb", "allow_unsafe")}
+        return Problem(prompt, partial(judge, **test, **options), f"```python\n{answer}\n```" if answer else "")
+
+    def parts(self, row: Row) -> tuple[str, str, dict]:
+        """(question, reference code, the arguments of `judge` that describe the tests)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HumanEval(CodeTask):
+    """HumanEval and HumanEval+: complete a function. All rows are test rows. Arguments: `RowTask`, `CodeTask`.
+
+    The tests run with the helpers of the *prompt*, never with the completion's: a completion cannot redefine ``poly``.
+    """
+
+    held_out: float = 1.0
+    HUB = MappingProxyType({"test": ("openai/openai_humaneval", None, "test")})
+
+    def parts(self, row: Row) -> tuple[str, str, dict]:
+        head, entry_point = str(row["prompt"]), str(row["entry_point"])
+        module = ast.parse(str(row["test"]))
+        (check,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check")
+        tests = split_tests(check.body)
+        if any(isinstance(node, ast.Return) for node in ast.walk(check)) or not tests:
+            tests = ("check(candidate)",)  # cannot be taken apart
+        test = dict(
+            tests=tests,
+            setup=f"{head}\n    pass\n\n{ast.unparse(module)}",
+            entry_point=entry_point,
+            head=head,
+        )
+        question = f"Complete the following Python function.\n\n```python\n{head.rstrip()}\n```"
+        return question, head + str(row["canonical_solution"]), test
+
+
+@dataclass(frozen=True)
+class MBPP(CodeTask):
+    """MBPP and MBPP+: a sentence and assertions. Arguments: `RowTask`, `CodeTask`."""
+
+    HUB = MappingProxyType({split: ("google-research-datasets/mbpp", "full", split) for split in ("train", "test")})
+
+    def parts(self, row: Row) -> tuple[str, str, dict]:
+        code = str(row["code"]).replace("\r\n", "\n")
+        shown = list(row["test_list"])
+        setup = "\n".join([*row.get("test_imports", ()), str(row.get("test_setup_code") or "")])
+        tests = split_tests(ast.parse(str(row["test"])).body) if row.get("test") else tuple(shown)  # MBPP+ has a script
+        exports, modules = needed_names([setup, *tests], code)
+        test = dict(tests=tests, setup=setup, exports=exports, modules=modules)
+        return with_test(str(row.get("text") or row["prompt"]), shown), code, test
+
+
+@dataclass(frozen=True)
+class AceCode(CodeTask):
+    """AceCode-87K: a question and about 16 generated assertions, the paper's training set for code. No reference code.
+
+    The last ``held_out`` share of the rows is "test", for the hub too, which has a "train" split only.
+    """
+
+    HUB = MappingProxyType({"train": ("TIGER-Lab/AceCode-87K", None, "train")})
+
+    def _load(self, split: str) -> list[Row]:
+        rows = super()._load(split if self.path else "train")
+        if self.path is None:
+            cut = len(rows) - round(len(rows) * self.held_out)
+            rows = rows[:cut] if split == "train" else rows[cut:]
+        return [row for row in rows if any(map(parses, row["test_cases"]))]
+
+    def parts(self, row: Row) -> tuple[str, str, dict]:
+        tests = tuple(filter(parses, row["test_cases"]))
+        exports, modules = needed_names(list(tests))
+        return with_test(str(row["question"]), list(tests)), "", dict(tests=tests, exports=exports, modules=modules)
+
+
+def with_test(question: str, tests: list[str]) -> str:
+    """The question with its first test, which fixes the function's name; not if the question already shows code."""
+    return (
+        question if "```" in question else f"{question}\n\nYour code should pass this test:\n```python\n{tests[0]}\n```"
+    )

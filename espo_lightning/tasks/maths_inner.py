@@ -1,0 +1,63 @@
+"""The worker of `maths`: judges equivalence with math-verify. Runs as a script, so that it never imports torch.
+
+The script imports sympy once, then forks a child that serves requests and replaces it whenever it dies: a call that
+hangs or eats memory costs its caller one killed child, and the next child is there within milliseconds.
+"""
+
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+
+REQUEST = struct.Struct("<I")  # length of the JSON [gold, answer]
+REPLY = struct.Struct("<ci")  # b"R": a child is ready, its pid; b"V": verdict, 1 equal, 0 not, -1 failed
+SELF_DESTRUCT = 10  # seconds after which a child dies by itself, should its owner be gone
+
+
+def equivalent(gold: str, answer: str) -> int:
+    """1 if equal, 0 if not, -1 if math-verify failed. The gold answer comes first: the relation is not symmetric."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    extraction = [LatexExtractionConfig(), ExprExtractionConfig()]
+    try:
+        # No time limits here: math-verify's need SIGALRM in a main thread. The owner kills this process instead.
+        parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=None) for text in (gold, answer)]
+        return int(verify(*parsed, timeout_seconds=None))
+    except Exception:  # whatever a parser of arbitrary text raises, MemoryError too: counted as failed by the owner
+        return -1
+
+
+def read(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        if not (part := os.read(0, size - len(data))):
+            os._exit(0)  # the owner closed the pipe or is gone
+        data += part
+    return data
+
+
+def child(replies: int, memory_mb: int) -> None:
+    """Serve requests until killed."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.write(replies, REPLY.pack(b"R", os.getpid()))
+    while True:
+        (size,) = REQUEST.unpack(read(REQUEST.size))
+        gold, answer = json.loads(read(size))
+        signal.alarm(SELF_DESTRUCT)
+        verdict = equivalent(gold, answer)
+        signal.alarm(0)
+        os.write(replies, REPLY.pack(b"V", verdict))
+
+
+if __name__ == "__main__":
+    replies = os.dup(1)  # whatever libraries print goes nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    equivalent("\\frac{1}{2}", "0.5")  # imports and warms up what every child then shares
+    while True:
+        if (pid := os.fork()) == 0:
+            child(replies, int(sys.argv[1]))
+        if os.waitpid(pid, 0)[1] == 0:
+            sys.exit()

@@ -1,0 +1,85 @@
+"""Rewards made of several verifiers: a weighted sum in which every part is logged under its own key.
+
+A verifier is any ``text -> Verdict``. In Python::
+
+    verify = partial(weighted, parts={"correct": (1.0, check), "tags": (0.2, has_tags), "short": (0.1, brevity)})
+
+`Weighted` does the same to every problem of a task, with the parts named in YAML by import path.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+
+from espo_lightning.tasks.base import Problem, Task, Verdict
+
+Verifier = Callable[[str], Verdict]
+
+
+def weighted(text: str, parts: Mapping[str, tuple[float, Verifier]]) -> Verdict:
+    """reward: the sum of weight times reward over ``parts``. ``name/key``: every key of every part, unweighted.
+
+    failed: 1 if any part failed; a part that raises an Exception scores 0, with ``name/failed`` 1, and is so counted
+    instead of ending a run. ``exact`` is that of the first part that has one, so that evaluations stay comparable.
+    """
+    total: Verdict = {"reward": 0.0, "failed": 0.0}
+    for name, (weight, verifier) in parts.items():
+        try:
+            verdict = verifier(text)
+        except Exception:  # user functions are not trusted to be total; the count below keeps it visible
+            verdict = {"reward": 0.0, "failed": 1.0}
+        total["reward"] += weight * verdict["reward"]
+        total["failed"] = max(total["failed"], verdict.get("failed", 0.0))
+        if "exact" in verdict:
+            total.setdefault("exact", verdict["exact"])
+        total |= {f"{name}/{key}": value for key, value in verdict.items()}
+    return total
+
+
+def tags(text: str) -> Verdict:
+    """Format: 1 if the text is ``<reasoning>...</reasoning><answer>...</answer>``, each tag once and in this order."""
+    names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+    places = [text.find(name) for name in names]
+    ordered = places[0] >= 0 and places == sorted(places) and all(text.count(name) == 1 for name in names)
+    return {"reward": float(ordered)}
+
+
+def brevity(text: str, free: int = 0, limit: int = 1000) -> Verdict:
+    """Length penalty: 0 up to ``free`` characters, then linearly down to -1 at ``limit``. Raises ValueError."""
+    if not 0 <= free < limit:
+        raise ValueError(f"brevity needs 0 <= free < limit, got free={free}, limit={limit}")
+    return {"reward": -min(1.0, max(0, len(text) - free) / (limit - free))}
+
+
+def load(path: str) -> Verifier:
+    """The function at an import path like ``package.module.function``. Raises ValueError if there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r} is no import path of a verifier (package.module.function): {error}") from error
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}, not a function text -> verdict")
+    return found
+
+
+@dataclass(frozen=True)
+class Weighted(Task):
+    """A task with extra rewards.
+
+    task: draws the problems. weight: of its own verifier, logged as ``task/...``. extra: import path -> weight; each is
+    logged under the function's name.
+    """
+
+    task: Task
+    weight: float = 1.0
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        inner = self.task.problem(split, seed, index)
+        parts = {"task": (self.weight, inner.verify)}
+        parts |= {path.rpartition(".")[2]: (weight, load(path)) for path, weight in self.extra.items()}
+        if len(parts) != len(self.extra) + 1:
+            raise ValueError(f"two rewards share a name: {sorted(self.extra)}")
+        return inner._replace(verify=partial(weighted, parts=parts))

@@ -1,0 +1,69 @@
+"""Rows of a benchmark: from local JSONL or the hub, in an order that depends on (seed, index) only."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+
+from espo_lightning.tasks.base import Task, rng
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class RowTask(Task):
+    """Base of the tasks that read a published data set.
+
+    path: JSONL of the hub's schema, ``.gz`` too; "{split}" in it becomes "train" or "test". Without "{split}" the last
+        ``held_out`` share of the rows is "test" and the rest "train". None: the hub's own splits (needs `datasets`).
+    """
+
+    path: str | None = None
+    held_out: float = 0.1
+    _rows: dict[str, list[Row]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    # (hub id, configuration, split) per split; subclasses set it. No annotation, so that it is no constructor argument.
+    HUB = MappingProxyType({})
+
+    def rows(self, split: str) -> list[Row]:
+        """All rows of a split, in file order, loaded once. Raises ValueError if there are none."""
+        if split not in ("train", "test"):
+            raise ValueError(f'split must be "train" or "test", not {split!r}')
+        if split not in self._rows:
+            self._rows[split] = self._load(split)
+        if not self._rows[split]:
+            raise ValueError(
+                f"{type(self).__name__} has no {split!r} rows (path={self.path}, held_out={self.held_out})"
+            )
+        return self._rows[split]
+
+    def row(self, split: str, seed: int, index: int) -> Row:
+        """Row ``index`` of an endless stream: every epoch is a new permutation, each row once per epoch."""
+        rows = self.rows(split)
+        epoch, position = divmod(index, len(rows))
+        return rows[_permutation(type(self).__name__, split, seed, epoch, len(rows))[position]]
+
+    def _load(self, split: str) -> list[Row]:
+        if self.path is None:
+            if split not in self.HUB:
+                return []
+            from datasets import load_dataset  # optional: only for rows from the hub
+
+            name, configuration, hub_split = self.HUB[split]
+            return list(load_dataset(name, configuration, split=hub_split))
+        path = self.path.replace("{split}", split)
+        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+        if "{split}" in self.path:
+            return rows
+        cut = len(rows) - round(len(rows) * self.held_out)
+        return rows[:cut] if split == "train" else rows[cut:]
+
+
+@lru_cache(maxsize=8)
+def _permutation(*key: int | str) -> list[int]:
+    order = list(range(key[-1]))
+    rng(*key).shuffle(order)
+    return order

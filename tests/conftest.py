@@ -1,0 +1,79 @@
+"""Small policies, tasks and trainers shared by the tests."""
+
+import random
+import string
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from espo_lightning import Decoding, ESPOModule, Problem, PromptDataModule, Task, new_policy
+
+torch.set_num_threads(1)  # many small matrices: threads cost more than they bring, and results stay comparable
+
+
+def share_of_a(prompt: str, text: str) -> dict[str, float]:
+    share = text.count("a") / 4
+    return {"reward": share, "exact": float(share == 1)}
+
+
+@dataclass(frozen=True)
+class Letters(Task):
+    """Write "aaaa": any correct policy gradient solves it. Prompts differ in length, so that batches are padded."""
+
+    verify: object = share_of_a
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        prompt = string.ascii_lowercase[: 1 + (index + seed) % 3]
+        return Problem(prompt, partial(self.verify, prompt), "aaaa")
+
+
+def small_policy(seed: int = 0):
+    return new_policy(hidden_size=16, layers=2, heads=2, intermediate_size=24, seed=seed)
+
+
+def small_module(policy=None, **changes) -> ESPOModule:
+    decoding = Decoding(length=4, block_length=4, steps=4)
+    settings = {"decoding": decoding, "group_size": 4, "optimizer": partial(torch.optim.Adam, lr=3e-3)} | changes
+    return ESPOModule(policy or small_policy(), **settings)
+
+
+def fit(module, batches: int = 2, task: Task | None = None, seed: int = 0, folder=None, **trainer) -> Trainer:
+    """Run some rollouts without any output; the module is trained in place."""
+    data = PromptDataModule(
+        task or Letters(), batch_size=2, batches=batches, eval_problems=4, eval_batch_size=4, seed=seed
+    )
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "default_root_dir": folder,
+    } | trainer
+    trainer = Trainer(**settings)
+    trainer.fit(module, data)
+    return trainer
+
+
+def parameters(module) -> torch.Tensor:
+    """All policy parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
+
+
+def global_states() -> tuple:
+    """The states of Python's, NumPy's and torch's global generators."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.fixture(autouse=True)
+def global_generators_untouched():
+    """No test may change a global generator through the library: randomness is an argument."""
+    before = global_states()
+    yield
+    assert global_states() == before
