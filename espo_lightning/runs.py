@@ -83,7 +83,7 @@ class SampleLog(Callback):
         rollout = pl_module.last_rollout
         group = len(rollout.texts) // len(batch)
         rows = [
-            {"rollout": batch_idx, "prompt": batch[i // group].prompt, "completion": text, "verdict": verdict}
+            {"rollout": pl_module.rollouts, "prompt": batch[i // group].prompt, "completion": text, "verdict": verdict}
             for i, (text, verdict) in enumerate(zip(rollout.texts[: self.count], rollout.verdicts))
         ]
         with self.path.open("a") as file:
@@ -91,7 +91,7 @@ class SampleLog(Callback):
         if self.show_every and batch_idx % self.show_every == 0:
             shown = [(r["verdict"]["reward"], *(_line(r[k]) for k in ("prompt", "completion"))) for r in rows[:4]]
             table = [f"  {reward:6.2f}  {prompt:<40}  {completion}" for reward, prompt, completion in shown]
-            pl_module.print("\n".join([f"rollout {batch_idx}: reward, prompt, completion", *table]))
+            pl_module.print("\n".join([f"rollout {pl_module.rollouts}: reward, prompt, completion", *table]))
 
 
 def _line(text, width: int = 40) -> str:

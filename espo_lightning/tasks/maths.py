@@ -150,7 +150,7 @@ class _Worker:
             env={"PYTHONHASHSEED": "0"},
             bufsize=0,
         )
-        self.child, self.served = 0, 0
+        self.child, self.request, self.served = 0, 0, 0
         self._await_child()
 
     def _await_child(self) -> None:
@@ -160,7 +160,7 @@ class _Worker:
             pass
         self.child, self.served = kind[1], 0
 
-    def _reply(self, deadline: float) -> tuple[bytes, int]:
+    def _reply(self, deadline: float) -> tuple[bytes, int, int]:
         if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise TimeoutError
         data = self.process.stdout.read(REPLY.size)
@@ -176,15 +176,17 @@ class _Worker:
     def compare(self, gold: str, answer: str) -> int:
         """1 equal, 0 not, -1 failed. Raises OSError if the worker cannot be had at all."""
         body = json.dumps([gold, answer]).encode()
-        self.process.stdin.write(REQUEST.pack(len(body)) + body)
-        try:
-            kind, verdict = self._reply(time.monotonic() + TIMEOUT)
-        except TimeoutError:
-            self._replace_child()
-            return -1
-        if kind == b"R":  # the child died on this request and this is its successor
-            self.child, self.served = verdict, 0
-            return -1
+        self.request += 1
+        self.process.stdin.write(REQUEST.pack(len(body), self.request) + body)
+        deadline, request = time.monotonic() + TIMEOUT, 0
+        while request != self.request:
+            try:
+                kind, verdict, request = self._reply(deadline)
+            except TimeoutError:
+                self._replace_child()
+                return -1
+            if kind == b"R":  # a child died, on this request or before it; then its successor takes the request
+                self.child, self.served = verdict, 0
         self.served += 1
         if self.served == REQUESTS_PER_CHILD:
             self._replace_child()
@@ -236,12 +238,17 @@ _pools: dict[int, Workers] = {}
 _lock = threading.Lock()
 
 
+def _close(pid: int) -> None:
+    if pid == os.getpid():  # a forked child leaves its parent's workers alone
+        _pools[pid].close()
+
+
 def _workers() -> Workers:
     """The pool of this process (a forked child makes its own), closed at exit."""
     with _lock:
         if os.getpid() not in _pools:
             _pools[os.getpid()] = Workers()
-            atexit.register(_pools[os.getpid()].close)
+            atexit.register(_close, os.getpid())
         return _pools[os.getpid()]
 
 

@@ -11,8 +11,8 @@ import signal
 import struct
 import sys
 
-REQUEST = struct.Struct("<I")  # length of the JSON [gold, answer]
-REPLY = struct.Struct("<ci")  # b"R": a child is ready, its pid; b"V": verdict, 1 equal, 0 not, -1 failed
+REQUEST = struct.Struct("<Ii")  # length of the JSON [gold, answer], request number
+REPLY = struct.Struct("<cii")  # b"R", pid, 0: a child is ready; b"V", 1 equal | 0 not | -1 failed, request number
 SELF_DESTRUCT = 10  # seconds after which a child dies by itself, should its owner be gone
 
 
@@ -29,27 +29,28 @@ def equivalent(gold: str, answer: str) -> int:
         return -1
 
 
-def read(size: int) -> bytes:
+def read_request() -> tuple[int, bytes]:
+    """In one read, as a rule: a child that is killed then leaves no half request to its successor."""
     data = b""
-    while len(data) < size:
-        if not (part := os.read(0, size - len(data))):
+    while len(data) < REQUEST.size or len(data) < REQUEST.size + REQUEST.unpack_from(data)[0]:
+        if not (part := os.read(0, 1 << 20)):
             os._exit(0)  # the owner closed the pipe or is gone
         data += part
-    return data
+    return REQUEST.unpack_from(data)[1], data[REQUEST.size :]
 
 
 def child(replies: int, memory_mb: int) -> None:
     """Serve requests until killed."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.write(replies, REPLY.pack(b"R", os.getpid()))
+    os.write(replies, REPLY.pack(b"R", os.getpid(), 0))
     while True:
-        (size,) = REQUEST.unpack(read(REQUEST.size))
-        gold, answer = json.loads(read(size))
+        request, body = read_request()
+        gold, answer = json.loads(body)
         signal.alarm(SELF_DESTRUCT)
         verdict = equivalent(gold, answer)
         signal.alarm(0)
-        os.write(replies, REPLY.pack(b"V", verdict))
+        os.write(replies, REPLY.pack(b"V", verdict, request))
 
 
 if __name__ == "__main__":

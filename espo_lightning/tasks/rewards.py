@@ -78,8 +78,9 @@ class Weighted(Task):
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         inner = self.task.problem(split, seed, index)
+        names = ["task", *(path.rpartition(".")[2] for path in self.extra)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two rewards share a name: {names}")
         parts = {"task": (self.weight, inner.verify)}
-        parts |= {path.rpartition(".")[2]: (weight, load(path)) for path, weight in self.extra.items()}
-        if len(parts) != len(self.extra) + 1:
-            raise ValueError(f"two rewards share a name: {sorted(self.extra)}")
+        parts |= {name: (weight, load(path)) for name, (path, weight) in zip(names[1:], self.extra.items())}
         return inner._replace(verify=partial(weighted, parts=parts))

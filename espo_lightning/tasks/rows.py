@@ -26,6 +26,7 @@ class RowTask(Task):
 
     # (hub id, configuration, split) per split; subclasses set it. No annotation, so that it is no constructor argument.
     HUB = MappingProxyType({})
+    COLUMNS = ()  # what to keep of the hub's columns; empty: all
 
     def rows(self, split: str) -> list[Row]:
         """All rows of a split, in file order, loaded once. Raises ValueError if there are none."""
@@ -52,7 +53,8 @@ class RowTask(Task):
             from datasets import load_dataset  # optional: only for rows from the hub
 
             name, configuration, hub_split = self.HUB[split]
-            return list(load_dataset(name, configuration, split=hub_split))
+            rows = load_dataset(name, configuration, split=hub_split)
+            return list(rows.select_columns(list(self.COLUMNS)) if self.COLUMNS else rows)
         path = self.path.replace("{split}", split)
         with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]

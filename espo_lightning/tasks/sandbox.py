@@ -218,16 +218,16 @@ class Sandbox:
         job = dict(source=source, tests=tests, setup=setup, exports=names, modules=modules, entry_point=entry_point)
         runner = self._idle.get()
         try:
-            for attempt in (0, 1):
-                fresh = runner is None
-                runner = runner or _Runner(self.backend)
+            for attempts_left in (1, 0):
                 try:
+                    runner = runner or _Runner(self.backend)
                     events = runner.run(job, timeout, memory_mb)
                     break
-                except OSError as error:
-                    runner.close()
-                    runner = None
-                    if attempt or fresh:  # a warm runner may have been killed while idle: one more try
+                except OSError as error:  # it was killed while idle, say: one more try, with a new one
+                    if runner is not None:
+                        runner.close()
+                        runner = None
+                    if not attempts_left:
                         return Result("broken", (False,) * len(tests), "", str(error), time.monotonic() - start)
             result = _result(events, len(tests), time.monotonic() - start)
             if result.status == "broken" or (self.backend == "bwrap" and _shares_container(events)):
@@ -301,13 +301,18 @@ _shared: dict[tuple[int, bool], Sandbox] = {}
 _lock = threading.Lock()
 
 
+def _close_shared(key: tuple[int, bool]) -> None:
+    if key[0] == os.getpid():  # a forked child leaves its parent's runners alone
+        _shared[key].close()
+
+
 def shared(allow_unsafe: bool = False) -> Sandbox:
     """The pool of this process (a forked child makes its own), closed at exit. Raises SandboxUnavailable."""
     key = (os.getpid(), allow_unsafe)
     with _lock:
         if key not in _shared:
             _shared[key] = Sandbox(allow_unsafe=allow_unsafe)
-            atexit.register(_shared[key].close)
+            atexit.register(_close_shared, key)
         return _shared[key]
 
 

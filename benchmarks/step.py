@@ -1,0 +1,302 @@
+"""One outer ESPO step, library against the straightforward version: ``python benchmarks/step.py``.
+
+Both run in one process, turn by turn: the library inside ``Trainer.fit``, as users run it, the
+straightforward version in a callback between its batches. Prints a table, writes JSON.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import tempfile
+import warnings
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from measure import in_fresh_process, matmul_peak, random_policy, resident_peak, summary, user_seconds
+from straightforward import Straightforward, assert_same
+
+from espo_lightning import ELBO, Decoding, ESPOModule, Policy, Problem, PromptDataModule, Task
+
+PROMPTS, GROUP, WIDTH, LENGTH, STEPS, UPDATES = 2, 6, 32, 32, 16, 8
+VOCABULARY, CLIP, BETA, MAX_NORM, LR = 64, 0.2, 1e-2, 0.2, 1e-5
+PHASES = ("rollout", "score", "update")
+SIZES = {  # hidden size, layers, heads, MLP width
+    "0.45M": (96, 4, 4, 256),
+    "0.87M": (128, 4, 4, 384),
+    "20M": (448, 8, 7, 1216),
+    "135M": (768, 18, 12, 2112),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table. ``same_work``: the library does the same statistical work as the straightforward version.
+
+    draws, micro_batch: of both sides; micro_batch None = all 12 completions at once.
+    module, trainer: further arguments of the library's `ESPOModule` and Lightning's `Trainer`.
+    compile: run the library's networks through torch.compile.
+    """
+
+    name: str
+    draws: int = 1
+    micro_batch: int | None = None
+    same_work: bool = True
+    module: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
+
+
+SETTINGS = [
+    Setting("M=1"),
+    Setting("M=2", draws=2),
+    Setting("M=1, 3 x 4", micro_batch=3),
+    Setting("M=2, 3 x 4", draws=2, micro_batch=3),
+    Setting("compile", compile=True),
+    Setting("reused masks", same_work=False, module={"fresh_masks": False}),
+    Setting("beta=0, skip groups", same_work=False, module={"beta": 0.0}),
+    Setting("bf16", same_work=False, trainer={"precision": "bf16-true"}),
+    Setting(
+        "all of these",
+        same_work=False,
+        module={"fresh_masks": False, "beta": 0.0},
+        trainer={"precision": "bf16-true"},
+        compile=True,
+    ),
+]
+
+
+class Letters(Task):
+    """Prompts of 32 tokens; the reward is a share of letters, and every other problem rewards nothing."""
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        return Problem(f"{index % 1000:030d}", partial(share_of_letters, worth=float(index % 2)), answer="e")
+
+
+def share_of_letters(text: str, worth: float) -> dict[str, float]:
+    return {"reward": worth * sum("a" <= c <= "m" for c in text) / LENGTH}
+
+
+class Timed(ESPOModule):
+    """`ESPOModule` that notes the user CPU seconds of its three phases."""
+
+    spent = dict.fromkeys(PHASES, 0.0)
+
+    def _timed(self, phase: str, function, *args):
+        start = user_seconds()
+        result = function(*args)
+        self.spent[phase] += user_seconds() - start
+        return result
+
+    def complete(self, *args):
+        return self._timed("rollout", super().complete, *args)
+
+    def judge_and_score(self, *args):
+        return self._timed("score", super().judge_and_score, *args)
+
+    def update(self, *args):
+        return self._timed("update", super().update, *args)
+
+
+class Alternate(Callback):
+    """Times each batch of the library, and after it one outer step of the straightforward version.
+
+    A step of the library lasts from the end of this callback to its next start: loading, logging and everything
+    else that Lightning does is in it.
+    """
+
+    def __init__(self, baseline: Straightforward, prompts: torch.Tensor):
+        self.baseline, self.prompts = baseline, prompts
+        self.runs: dict[str, list[dict[str, float]]] = {"library": [], "straightforward": []}
+        self.start = user_seconds()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.runs["library"].append({"step": user_seconds() - self.start, **pl_module.spent})
+        start = user_seconds()
+        phases = self.baseline.outer_step(self.prompts, plain_reward)
+        self.runs["straightforward"].append({"step": user_seconds() - start, **phases})
+        pl_module.spent = dict.fromkeys(PHASES, 0.0)
+        self.start = user_seconds()
+
+
+def plain_reward(completion: torch.Tensor) -> torch.Tensor:
+    return (completion % 2).float().mean(1)
+
+
+def make_baseline(policy: Policy, setting: Setting) -> Straightforward:
+    """The straightforward trainer, on its own copy of the weights."""
+    model = deepcopy(policy.model)
+    return Straightforward(
+        model=model,
+        reference=deepcopy(model).requires_grad_(False),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=LR),
+        mask_id=policy.mask_id,
+        length=LENGTH,
+        steps=STEPS,
+        group=GROUP,
+        updates=UPDATES,
+        draws=setting.draws,
+        micro_batch=setting.micro_batch or PROMPTS * GROUP,
+        clip_range=CLIP,
+        beta=BETA,
+        max_norm=MAX_NORM,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def fit(policy: Policy, setting: Setting, batches: int, callbacks: list[Callback]) -> None:
+    """Train with the library."""
+    arguments = {
+        "decoding": Decoding(LENGTH, LENGTH, STEPS),
+        "group_size": GROUP,
+        "updates": UPDATES,
+        "likelihood": ELBO(draws=setting.draws),
+        "clip_range": CLIP,
+        "beta": BETA,
+        "optimizer": partial(torch.optim.AdamW, lr=LR),
+        "max_grad_norm": MAX_NORM,
+        "micro_batch": setting.micro_batch,
+    }
+    module = Timed(policy, **{**arguments, **setting.module})
+    if setting.compile:
+        policy.model.model.compile()
+        if module.reference is not None:
+            module.reference.policy.model.model.compile()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            log_every_n_steps=1,
+            logger=CSVLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            **setting.trainer,
+        )
+        trainer.fit(module, datamodule=PromptDataModule(Letters(), batch_size=PROMPTS, batches=batches))
+
+
+def prepare(size: str) -> tuple[Policy, torch.Tensor]:
+    """A policy and prompts [2, 32]."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    policy = random_policy(*SIZES[size], VOCABULARY)
+    return policy, policy.encode([Letters().problem("train", 0, i).prompt for i in range(PROMPTS)]).ids
+
+
+class Times(NamedTuple):
+    """One entry per step: the warm-up step first, then the timed ones. peak: FLOP/s of a matrix product."""
+
+    runs: dict[str, list[dict[str, float]]]
+    peak: float
+    differences: dict[str, float]
+
+
+def time_both(size: str, setting: Setting, repeats: int) -> Times:
+    """Check that both sides compute the same, then time them turn by turn."""
+    policy, prompts = prepare(size)
+    baseline = make_baseline(policy, setting)
+    differences = assert_same(baseline, policy, prompts.repeat_interleave(GROUP, 0))
+    alternate = Alternate(baseline, prompts)
+    peak = matmul_peak()
+    fit(policy, setting, repeats + 1, [alternate])
+    return Times(alternate.runs, max(peak, matmul_peak()), differences)
+
+
+def peak_memory(size: str, setting: Setting, library: bool) -> float:
+    """MiB that resident memory rises in two outer steps of one side, the code being loaded already."""
+    policy, prompts = prepare(size)
+
+    def run(policy: Policy) -> None:
+        if library:
+            fit(policy, setting, 2, [])
+        else:
+            baseline = make_baseline(policy, setting)
+            for _ in range(2):
+                baseline.outer_step(prompts, plain_reward)
+
+    run(random_policy(8, 1, 1, 8, VOCABULARY))
+    return resident_peak(lambda: run(policy))
+
+
+def nominal_flops(size: str, draws: int) -> float:
+    """FLOP of the straightforward step's passes: 2 per weight and token, plus attention; a backward is 2 forwards."""
+    d, layers, _, mlp = SIZES[size]
+    tokens = WIDTH + LENGTH
+    per_token = 2 * (layers * (4 * d * d + 3 * d * mlp) + VOCABULARY * d) + layers * 4 * tokens * d
+    passes = STEPS + UPDATES * draws * 2 * (1 + 1 + 3)
+    return passes * per_token * tokens * PROMPTS * GROUP
+
+
+def measure(size: str, setting: Setting, repeats: int) -> dict[str, Any]:
+    """One row of the table."""
+    times = in_fresh_process(time_both, size, setting, repeats)
+    row: dict[str, Any] = {"size": size, **asdict(setting), "differences": times.differences}
+    for side, runs in times.runs.items():
+        row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
+        row[side]["warm_up"] = runs[0]["step"]
+        row[side]["tokens_per_second"] = {
+            key: PROMPTS * GROUP * LENGTH / row[side][key]["median"] for key in ("rollout", "step")
+        }
+        row[side]["peak_MiB"] = in_fresh_process(peak_memory, size, setting, side == "library")
+        if setting.same_work:
+            flops_per_second = nominal_flops(size, setting.draws) / row[side]["step"]["median"]
+            row[side]["share_of_peak"] = flops_per_second / times.peak
+    row["matmul_gflops"] = times.peak / 1e9
+    row["ratio"] = {
+        key: {of: row["library"][key][of] / row["straightforward"][key][of] for of in ("median", "min")}
+        for key in ("step", *PHASES)
+    }
+    return row
+
+
+HEADER = f"{'size':6} {'setting':20} {'side':16} {'step, s':>20} {'rollout':>8} {'score':>8} {'update':>8} " + (
+    f"{'tokens/s':>9} {'MiB':>6} {'peak':>5}  {'ratio (of minima)':>17}"
+)
+
+
+def table(row: dict[str, Any]) -> str:
+    """Two lines: the straightforward version and the library."""
+    lines = []
+    for side in ("straightforward", "library"):
+        s = row[side]
+        step = f"{s['step']['median']:.2f} [{s['step']['min']:.2f}, {s['step']['max']:.2f}]"
+        phases = " ".join(f"{s[phase]['median']:8.2f}" for phase in PHASES)
+        share = f"{s['share_of_peak']:5.0%}" if "share_of_peak" in s else "    -"
+        ratio = f"{row['ratio']['step']['median']:.2f} ({row['ratio']['step']['min']:.2f})" if side == "library" else ""
+        lines.append(
+            f"{row['size']:6} {row['name']:20} {side:16} {step:>20} {phases} "
+            f"{s['tokens_per_second']['step']:9.0f} {s['peak_MiB']:6.0f} {share}  {ratio:>17}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.87M"])
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each side (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="only the first setting, two repeats")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
+    arguments = parser.parse_args()
+    settings, repeats = (SETTINGS[:1], 2) if arguments.quick else (SETTINGS, arguments.repeats)
+    rows = []
+    print(HEADER)
+    for size in arguments.sizes:
+        for setting in settings:
+            rows.append(measure(size, setting, repeats))
+            print(table(rows[-1]), flush=True)
+    machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({**machine, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""ESPO as one would first write it: the baseline that the library's speed is measured against.
+
+Plain PyTorch, one page, the order of work of the authors' trainer: every forward pass builds the logits
+of every position, [B, P + L, V]; the two halves of a coupled mask are two passes; old policy and
+reference are scored again before each of the mu updates, on fresh masks; the sampler adds Gumbel noise to all
+logits and picks the tokens to commit row by row. The network is the same transformers model object as
+the library's, so that only the algorithm around it differs. Prompts are unpadded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from measure import user_seconds
+from torch import Tensor, nn
+
+from espo_lightning import Decoding, Masks, Policy, Prompts, espo_loss, generate
+from espo_lightning.likelihood import ELBO, score
+
+
+def terms(model: nn.Module, mask_id: int, prompts: Tensor, completion: Tensor, masks: Masks) -> Tensor:
+    """Weighted log-probabilities [M, B, L] of a coupled ELBO estimate: two passes per draw."""
+    draws = []
+    for hidden, weight in zip(masks.hidden, masks.weight):
+        first = log_probs(model, mask_id, prompts, completion, hidden)
+        second = log_probs(model, mask_id, prompts, completion, ~hidden)
+        draws.append(weight * torch.where(hidden, first, second))
+    return torch.stack(draws)
+
+
+def log_probs(model: nn.Module, mask_id: int, prompts: Tensor, completion: Tensor, hidden: Tensor) -> Tensor:
+    """log p of every completion token [B, L], hidden or not, with ``hidden`` shown as the mask token."""
+    noisy = torch.where(hidden, mask_id, completion)
+    logits = model(torch.cat([prompts, noisy], 1), use_cache=False).logits.float()
+    logits = logits[:, -completion.shape[1] :]
+    return -F.cross_entropy(logits.flatten(0, 1), completion.flatten(), reduction="none").view_as(completion)
+
+
+@dataclass
+class Straightforward:
+    """One outer step at a time: rollout, rewards, mu updates.
+
+    Args:
+        model, reference: transformers causal LMs without a causal mask; ``reference`` may be None if beta is 0.
+        optimizer: of the model's parameters.
+        mask_id: the mask token.
+        length, steps, group, updates, draws: L, denoising steps, G, mu, M.
+        micro_batch: completions per forward and backward pass.
+        clip_range, beta, max_norm: eps, KL coefficient, gradient clipping.
+        generator: of Gumbel noise and masks.
+    """
+
+    model: nn.Module
+    reference: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    mask_id: int
+    length: int
+    steps: int
+    group: int
+    updates: int
+    draws: int
+    micro_batch: int
+    clip_range: float
+    beta: float
+    max_norm: float
+    generator: torch.Generator
+
+    def outer_step(self, prompts: Tensor, reward: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Prompts [Q, P] -> user CPU seconds of the three phases."""
+        seconds = {"rollout": 0.0, "score": 0.0, "update": 0.0}
+        start = user_seconds()
+        prompts = prompts.repeat_interleave(self.group, 0)
+        completion = self.generate(prompts, temperature=1.0)
+        rewards = reward(completion).view(-1, self.group)
+        advantages = ((rewards - rewards.mean(1, keepdim=True)) * self.group / (self.group - 1)).flatten()
+        seconds["rollout"] += user_seconds() - start
+        for _ in range(self.updates):
+            start = user_seconds()
+            batches = []
+            for rows in torch.arange(len(prompts)).split(self.micro_batch):
+                masks = self.draw_masks(len(rows))
+                batch = prompts[rows], completion[rows], masks
+                with torch.no_grad():
+                    old = terms(self.model, self.mask_id, *batch)
+                    ref = terms(self.reference, self.mask_id, *batch) if self.beta else None
+                batches.append((*batch, old, ref, advantages[rows]))
+            scored = user_seconds()
+            self.optimizer.zero_grad()
+            for batch in batches:
+                (self.loss(*batch) / len(batches)).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+            self.optimizer.step()
+            seconds["score"] += scored - start
+            seconds["update"] += user_seconds() - scored
+        return seconds
+
+    def draw_masks(self, batch: int) -> Masks:
+        """Fresh coupled masks: k uniform on 0..L, then k random positions."""
+        hidden = torch.zeros(self.draws, batch, self.length, dtype=torch.bool)
+        weight = torch.zeros(self.draws, batch, self.length)
+        for m in range(self.draws):
+            for b in range(batch):
+                k = int(torch.randint(0, self.length + 1, (), generator=self.generator))
+                hidden[m, b, torch.randperm(self.length, generator=self.generator)[:k]] = True
+                weight[m, b] = 0.5 * (self.length + 1) / max(1, self.length - k)
+                weight[m, b, hidden[m, b]] = 0.5 * (self.length + 1) / max(1, k)
+        return Masks(hidden, weight, coupled=True)
+
+    def loss(self, prompts, completion, masks, old, ref, advantages) -> Tensor:
+        """The clipped sequence-level surrogate and the k2 penalty, a mean over the completions."""
+        scores = terms(self.model, self.mask_id, prompts, completion, masks).sum(-1).mean(0)
+        ratio = ((scores - old.sum(-1).mean(0)) / self.length).exp()
+        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        loss = -torch.minimum(ratio * advantages, clipped * advantages)
+        if self.beta:
+            loss = loss + self.beta * 0.5 * (scores - ref.sum(-1).mean(0)) ** 2 / self.length
+        return loss.mean()
+
+    @torch.no_grad()
+    def generate(self, prompts: Tensor, temperature: float) -> Tensor:
+        """Low-confidence decoding of one block of L tokens: [B, P] -> [B, L]."""
+        canvas = torch.cat([prompts, prompts.new_full((len(prompts), self.length), self.mask_id)], 1)
+        base, extra = divmod(self.length, self.steps)
+        for step in range(self.steps):
+            masked = canvas == self.mask_id
+            logits = self.model(canvas, use_cache=False).logits.float()
+            probabilities = logits.softmax(-1)
+            logits[:, :, self.mask_id] = float("-inf")
+            if temperature:
+                uniform = torch.rand(logits.shape, generator=self.generator, dtype=torch.float64)
+                logits = logits.double() / temperature - torch.log(-torch.log(uniform))
+            proposal = logits.argmax(-1)
+            confidence = probabilities.gather(-1, proposal.unsqueeze(-1)).squeeze(-1)
+            confidence = torch.where(masked, confidence, float("-inf"))
+            for row in range(len(canvas)):
+                chosen = confidence[row].topk(base + (step < extra)).indices
+                canvas[row, chosen] = proposal[row, chosen]
+        return canvas[:, prompts.shape[1] :]
+
+
+def assert_same(baseline: Straightforward, policy: Policy, prompts: Tensor) -> dict[str, float]:
+    """The library computes what the baseline computes: greedy completions, terms, loss and gradient on equal masks.
+
+    Returns:
+        The largest differences, that of the gradient relative to its norm.
+
+    Raises:
+        AssertionError: they differ by more than float32 tolerance.
+    """
+    batch = Prompts(prompts, None)
+    keys = torch.arange(len(prompts))
+    decoding = Decoding(baseline.length, baseline.length, baseline.steps, temperature=0.0)
+    completion = generate(policy, batch, keys, decoding)
+    assert torch.equal(completion, baseline.generate(prompts, temperature=0.0)), "greedy completions differ"
+
+    masks = ELBO(draws=baseline.draws).draw(keys, baseline.length)
+    advantages = torch.linspace(-1, 1, len(prompts))
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        exact = terms(baseline.model, baseline.mask_id, prompts, completion, masks)
+        old, ref = (exact + 0.1 * torch.randn(exact.shape, generator=noise) for _ in range(2))
+
+    own = score(policy, batch, completion, masks)
+    loss, _ = espo_loss(own, old, ref, advantages, clip_range=baseline.clip_range, beta=baseline.beta)
+    library = torch.autograd.grad(loss, list(policy.model.parameters()))
+    plain_loss = baseline.loss(prompts, completion, masks, old, ref, advantages)
+    plain = torch.autograd.grad(plain_loss, list(baseline.model.parameters()))
+
+    norm = torch.stack([g.norm() for g in plain]).norm()
+    difference = {
+        "terms": float((own - exact).detach().abs().max()),
+        "loss": float((loss - plain_loss).detach().abs()),
+        "gradient": float(torch.stack([(a - b).norm() for a, b in zip(library, plain)]).norm() / norm),
+    }
+    tolerance = {"terms": 1e-5 * float(exact.abs().max()), "loss": 1e-5, "gradient": 1e-4}
+    assert all(difference[key] <= tolerance[key] for key in difference), f"{difference} exceeds {tolerance}"
+    return difference

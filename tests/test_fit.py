@@ -1,0 +1,260 @@
+"""The command lines as a user meets them: run folders, errors, Ctrl-C and resume."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from espo_lightning import evaluate, fit, load_policy, new_policy, sft
+
+TINY = [
+    "--data.batch_size=2",
+    "--data.eval_problems=8",
+    "--data.eval_batch_size=8",
+    "--model.group_size=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny policy folder."""
+    path = tmp_path_factory.mktemp("policy") / "tiny"
+    new_policy(hidden_size=16, layers=1, heads=2, intermediate_size=24).save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_chosen_run_folder(monkeypatch):
+    monkeypatch.delenv("ESPO_RUN_DIR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Path:
+    """The run folder of a short run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "first"
+    fit.main([*TINY, f"--model.policy.path={folder}", f"--run_dir={run_dir}", "--data.batches=4", "--seed=3"])
+    os.environ.pop("ESPO_RUN_DIR", None)
+    return run_dir
+
+
+def test_the_run_folder_holds_everything(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "summary.json",
+        "metrics.csv",
+        "samples.jsonl",
+        "reward.png",
+        "policy",
+        "checkpoints",
+    }
+    summary = json.loads((finished / "summary.json").read_text())
+    for moment in ("before", "after"):
+        assert summary[moment]["n"] == 8
+        for metric in ("exact", "cell"):
+            low, high = summary[moment]["ci95"][metric]
+            assert low <= summary[moment][metric] <= high
+    assert summary["seed"] == 3
+    assert summary["rollouts"] == 4
+    assert summary["updates"] == 8
+    assert summary["seconds"] > 0
+    assert summary["settings"]["model"]["group_size"] == 2
+    assert set(summary["chance"]) == {"exact", "cell"}
+    assert (finished / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_one_row_per_rollout_and_the_readme_explains_every_column(finished):
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    train = [r for r in rows if r["train/reward"]]
+    assert [float(r["rollout"]) for r in train] == [1, 2, 3, 4]
+    assert all(float(r["rollout/mask_tokens"]) == 0 for r in train)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for column in set(rows[0]) - {"epoch", "step"}:
+        assert f"`{column}`" in readme, column
+
+
+def test_samples_are_the_completions_with_their_verdicts(finished):
+    rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 4
+    assert {r["rollout"] for r in rows} == {1, 2, 3, 4}
+    assert all(len(r["prompt"]) == 16 and "reward" in r["verdict"] for r in rows)
+
+
+def test_transformers_opens_the_final_policy_as_a_bidirectional_model(finished):
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "policy")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "policy")
+    assert tokenizer.mask_token_id == model.config.mask_token_id
+    ids = torch.randint(7, 60, (1, 8), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[0, -1] = 7 + (ids[0, -1] - 6) % 50
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits[0, 0], model(changed).logits[0, 0])
+    assert load_policy(finished / "policy").mask_id == tokenizer.mask_token_id
+
+
+def test_the_saved_config_repeats_the_run(finished, tmp_path):
+    fit.main(["--config", str(finished / "config.yaml"), f"--run_dir={tmp_path / 'again'}"])
+    first, second = (load_policy(d / "policy").state_dict() for d in (finished, tmp_path / "again"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_print_config_is_a_config(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        fit.main(["--print_config", f"--model.policy.path={folder}"])
+    assert done.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["updates"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--modle.beta=1"], "unrecognized arguments: --modle.beta=1"),
+        (["--model.bta=1"], "bta"),
+        (["--model.beta=abc"], "Expected a <class 'float'>. Got value: abc"),
+        (["--model.kl=k9"], "k9"),
+        (["--model.likelihood=ELBO", "--model.likelihood.drawz=2"], "Option 'drawz' is not accepted"),
+        (["--model.clip_nats=1"], "give clip_range or clip_nats"),
+        (["--model.group_size=1"], "group_size must be at least 2"),
+        (["--model.decoding.block_length=5"], "length 16 is not a multiple of block_length 5"),
+        (["--model.decoding.steps=17"], "steps must be a multiple of the number of blocks"),
+        (["--model.likelihood.smallest_count=1"], "coupled masks need counts uniform on 0..L"),
+        (["--model.kl=espo_lightning.k2_u"], "independent mask draws"),
+        (["--data.task.empty=14"], "empty must be 1..12"),
+        (["--data.eval_problems=7"], "eval_problems 7 is not a multiple of eval_batch_size"),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path nowhere.ckpt does not exist"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--model.policy.path=nowhere/at/all"], "nowhere/at/all"),
+        (["--model.policy.dtype=float7"], "float7"),
+    ],
+)
+def test_bad_flags_give_one_message_and_exit_code_2(flags, message, folder, tmp_path, capsys):
+    policy = [] if any("policy.path" in f for f in flags) else [f"--model.policy.path={folder}"]
+    with pytest.raises(SystemExit) as error:
+        fit.main([*TINY, *policy, f"--run_dir={tmp_path / 'run'}", *flags])
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_an_unreadable_policy_folder_is_named(tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as error:
+        fit.main([*TINY, f"--model.policy.path={tmp_path / 'broken'}", f"--run_dir={tmp_path / 'run'}"])
+    assert error.value.code == 2
+    assert str(tmp_path / "broken") in capsys.readouterr().err
+
+
+def test_an_existing_run_folder_is_never_written_to(folder, tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("results")
+    with pytest.raises(SystemExit) as error:
+        fit.main([*TINY, f"--model.policy.path={folder}", f"--run_dir={tmp_path}"])
+    assert error.value.code == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error_before_training(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as error:
+        fit.main([*TINY, f"--model.policy.path={folder}", f"--run_dir={tmp_path / 'file' / 'run'}"])
+    assert error.value.code == 2
+    assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("logger", ["WandbLogger", "TensorBoardLogger"])
+def test_other_loggers_are_one_flag_away(logger, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_dir = tmp_path / "run"
+    where = ["--trainer.logger.save_dir=."] if logger == "TensorBoardLogger" else []  # it has no default of its own
+    common = [*TINY, f"--model.policy.path={folder}", f"--run_dir={run_dir}", "--data.batches=1"]
+    fit.main([*common, f"--trainer.logger={logger}", *where])
+    assert (run_dir / "metrics.csv").exists()  # CSV as well
+    pattern = "*.wandb" if logger == "WandbLogger" else "*tfevents*"
+    assert list(run_dir.rglob(pattern))
+
+
+def test_a_csv_of_an_earlier_part_is_kept_over_a_resume(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    common = [*TINY, f"--model.policy.path={folder}", "--data.batches=4", "--checkpoint_every=2"]
+    fit.main([*common, f"--run_dir={run_dir}"])
+    whole = load_policy(run_dir / "policy").state_dict()
+    fit.main([*common, f"--ckpt_path={run_dir / 'checkpoints' / 'batch_000002.ckpt'}"])
+    resumed = load_policy(run_dir / "policy").state_dict()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    rows = [r for r in fit.read_metrics(run_dir) if "train/reward" in r]
+    assert [r["rollout"] for r in rows] == [1, 2, 3, 4]
+    assert (run_dir / "metrics.000.csv").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_resumes(folder, tmp_path):
+    """The interrupted and resumed run equals an uninterrupted one bit for bit."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    common = [*TINY, f"--model.policy.path={folder}", "--data.batches=40", "--checkpoint_every=100"]
+    command = [sys.executable, "-m", "espo_lightning.fit", *common, f"--run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    samples = tmp_path / "run" / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not (samples.exists() and len(samples.read_text().splitlines()) >= 12):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    (resume,) = [line.strip() for line in output.splitlines() if "--ckpt_path" in line]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    fit.main(resume.split()[3:])
+    os.environ.pop("ESPO_RUN_DIR", None)
+    fit.main([*common, f"--run_dir={tmp_path / 'whole'}"])
+    resumed, whole = (load_policy(tmp_path / d / "policy").state_dict() for d in ("run", "whole"))
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+
+
+def test_sft_makes_the_same_bytes_twice_and_evaluate_judges_them(tmp_path, capsys):
+    for name in ("a", "b"):
+        sft.main([
+            f"--run_dir={tmp_path / name}", "--data.batches=3", "--data.batch_size=4", "--model.policy.hidden_size=16",
+            "--model.policy.heads=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--seed=1",
+        ])  # fmt: skip
+        os.environ.pop("ESPO_RUN_DIR", None)
+    first, second = ((tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in "ab")
+    assert first == second
+    output = tmp_path / "evaluation.json"
+    flags = [f"--policy.path={tmp_path / 'a' / 'policy'}", "--task=Countdown", "--problems=6", f"--output={output}"]
+    evaluate.main(
+        [*flags, "--batch_size=4", "--decoding.length=12", "--decoding.block_length=12", "--decoding.steps=6"]
+    )
+    result = json.loads(output.read_text())
+    assert result["n"] == len(result["samples"]) == 6
+    assert result["settings"]["decoding"]["steps"] == 6
+    assert result["settings"]["task"]["class_path"].endswith("Countdown")
+    assert set(result["ci95"]) == {"exact", "format", "reward", "failed"}
+    with pytest.raises(SystemExit) as error:
+        evaluate.main(flags)
+    assert error.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_answer_longer_than_the_canvas_is_an_error(tmp_path, capsys):
+    with pytest.raises(ValueError, match="an answer has 16 tokens, more than length=8"):
+        sft.main([
+            f"--run_dir={tmp_path / 'run'}", "--data.batches=1", "--model.length=8", "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ])  # fmt: skip
