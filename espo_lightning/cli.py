@@ -1,14 +1,17 @@
 """Command lines: from a typed function to a program whose errors are one message and exit code 2."""
 
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import transformers
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -45,6 +48,20 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         parser.error(str(error))
 
 
+def _quiet() -> None:
+    """Hide what a user of the command lines can do nothing about, and nothing else."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices found, tips, "max_epochs reached"
+    transformers.utils.logging.disable_progress_bar()  # of writing one file
+    for message in (
+        "LightningCLI's args parameter",  # main(argv) is how the tests and notebooks call it
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
+        r"Found \d+ module\(s\) in eval mode",  # on purpose: there is no dropout, and no difference
+        "Experiment logs directory",  # the run folder was made, and older metrics moved, by this command line
+        "The .* does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
 
@@ -54,6 +71,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
         self.command, self.defaults = command, defaults
+        _quiet()
         super().__init__(
             module_class,
             data_class,
@@ -101,7 +119,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir = Path(chosen)
         if resumed is None and rank_zero_only.rank == 0 and self.run_dir.is_dir() and any(self.run_dir.iterdir()):
             self.parser.error(
-                f"run_dir {self.run_dir} exists and is not empty: name another one, remove it, or resume with --ckpt_path"
+                f"run_dir {self.run_dir} exists and is not empty: name another, remove it, or resume with --ckpt_path"
             )
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:

@@ -326,7 +326,8 @@ class ESPOModule(LightningModule):
         self.log_dict({k: torch.as_tensor(v).float() for k, v in means.items()}, batch_size=1, sync_dist=True)
         most = torch.stack([metrics["log_ratio_max"] for metrics in updates]).max()
         self.log("train/log_ratio_max", most, batch_size=1, sync_dist=True, reduce_fx="max")
-        self.log("reward", rewards.mean(), prog_bar=True, logger=False, batch_size=1, sync_dist=True)
+        bar = {"reward": rewards.mean(), "updates": float(self.rollouts * self.updates)}
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         self.verdicts = []

@@ -2,12 +2,13 @@
 
 import json
 import signal
+import sys
 import threading
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 RESUME = "python -m {command} --config {folder}/config.yaml --ckpt_path {checkpoint}"
 
@@ -45,7 +46,8 @@ class RunCheckpoint(Checkpoint):
     def _interrupt(self, number: int, frame) -> None:
         self.interrupted = True
         signal.signal(signal.SIGINT, self._previous)
-        rank_zero_info("\nCtrl-C: finishing this batch, then saving a checkpoint; press again to stop at once.")
+        if rank_zero_only.rank == 0:
+            sys.stderr.write("\nCtrl-C: finishing this batch, then saving a checkpoint; press again to stop at once.\n")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
         done = batch_idx + 1

@@ -1,7 +1,22 @@
 """Tasks: prompts and verifiers, without torch."""
 
 from espo_lightning.tasks.base import Problem, Task, Verdict
+from espo_lightning.tasks.code import MBPP, AceCode, HumanEval
 from espo_lightning.tasks.countdown import Countdown
+from espo_lightning.tasks.maths import GSM8K, MATH
+from espo_lightning.tasks.rewards import Weighted
 from espo_lightning.tasks.sudoku import Sudoku
 
-__all__ = ["Countdown", "Problem", "Sudoku", "Task", "Verdict"]
+__all__ = [
+    "GSM8K",
+    "MATH",
+    "MBPP",
+    "AceCode",
+    "Countdown",
+    "HumanEval",
+    "Problem",
+    "Sudoku",
+    "Task",
+    "Verdict",
+    "Weighted",
+]
