@@ -10,15 +10,13 @@ from torch import Tensor
 from espo_lightning.masking import fold_in, uniform
 
 
-def sample_tokens(logits: Tensor, temperature: float, u: Tensor, forbidden: int) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token per row from softmax(logits / temperature) by inverse CDF; argmax at temperature 0.
 
     Args:
-        logits: float32 [n, V].
+        logits: float32 [n, V]; a token with logit -inf is never drawn.
         u: uniforms [n] in [0, 1).
-        forbidden: a token that is never drawn (the mask token).
     """
-    logits = logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), float("-inf"))
     if temperature == 0:
         return logits.argmax(-1)
     cdf = torch.softmax(logits / temperature, -1).cumsum(-1)
@@ -61,8 +59,8 @@ class Decoding:
     order: Callable[[Tensor, Tensor, Tensor], Tensor] = low_confidence
 
     def __post_init__(self):
-        if self.block_length < 1 or self.length % self.block_length:
-            raise ValueError(f"length {self.length} is not a multiple of block_length {self.block_length}")
+        if min(self.length, self.block_length) < 1 or self.length % self.block_length:
+            raise ValueError(f"length {self.length} is not a multiple of block_length {self.block_length}, from 1 up")
         blocks = self.length // self.block_length
         if self.steps % blocks or not blocks <= self.steps <= self.length:
             raise ValueError(
@@ -105,11 +103,12 @@ def generate(policy, prompts, keys: Tensor, decoding: Decoding) -> Tensor:
     length = decoding.length
 
     def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = sample_tokens(logits, decoding.temperature, u_token, policy.mask_id)
+        logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
+        tokens = sample_tokens(logits, decoding.temperature, u_token)
         return tokens, decoding.order(logits, tokens, u_order)
 
     canvas = torch.cat([prompts.ids, prompts.ids.new_full((batch, length), policy.mask_id)], 1)
-    attention = prompts.attention(length)
+    attention, mask_token = prompts.attention(length), canvas.new_tensor(policy.mask_id)
     select = torch.zeros_like(canvas, dtype=torch.bool)  # masked positions of the active block
     step = 0
     for block, commits in enumerate(decoding.commits):

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: 64 tokens for digits, arithmetic, small letters and the chat's special tokens."""
+    """One token per character: 66 tokens for digits, arithmetic, small letters and the chat's special tokens."""
     special = ["<pad>", "<eos>", "<mask>", "<unk>", "<system>", "<user>", "<assistant>"]
     characters = "0123456789+-*/()=,.:;<>?!'\"[]|_ \nabcdefghijklmnopqrstuvwxyz"
     vocabulary = [*special, *characters]

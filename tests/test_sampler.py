@@ -18,6 +18,11 @@ PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 BELOW_ONE = 1 - 2.0**-53  # the largest number that `uniform` returns
 
 
+def sample(logits, temperature, u, forbidden):
+    """`sample_tokens` as `generate` calls it, with one token forbidden."""
+    return sample_tokens(logits.index_fill(-1, torch.tensor(forbidden), float("-inf")), temperature, u)
+
+
 def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -156,7 +161,7 @@ def test_peaked_plus_flat_is_sampled_as_it_is(temperature):
     assert probabilities[head].item() == pytest.approx(0.5, abs=1e-5)
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     for u in uniform(fold_in(11, int(temperature * 2)), n).split(5000):
-        counts += sample_tokens(logits.expand(len(u), -1), temperature, u, banned).bincount(minlength=vocabulary)
+        counts += sample(logits.expand(len(u), -1), temperature, u, banned).bincount(minlength=vocabulary)
     assert_law(counts, probabilities)
 
 
@@ -164,7 +169,7 @@ def test_different_rows_have_their_own_law():
     logits = torch.randn((3, 7), generator=rng(0)) * 2
     u = uniform(torch.tensor([5]), 60_000)[0]
     rows = torch.arange(3).repeat(20_000)
-    tokens = sample_tokens(logits[rows], 0.8, u, 6)
+    tokens = sample(logits[rows], 0.8, u, 6)
     for row in range(3):
         law = logits[row].index_fill(0, torch.tensor(6), -math.inf).div(0.8).softmax(0)
         assert_law(tokens[rows == row].bincount(minlength=7), law)
@@ -181,7 +186,7 @@ def test_no_token_of_probability_zero_is_drawn(u, impossible, banned):
         logits = torch.full((1, 5), value)
         logits[0, impossible] = -math.inf
         point = torch.tensor([u], dtype=torch.float64)
-        assert sample_tokens(logits, temperature, point, banned).item() in possible
+        assert sample(logits, temperature, point, banned).item() in possible
 
 
 def test_extreme_points_of_large_vocabularies_are_tokens_of_positive_probability():
@@ -191,7 +196,7 @@ def test_extreme_points_of_large_vocabularies_are_tokens_of_positive_probability
     logits[0, -100:] = -math.inf
     logits[0, :100] = -math.inf
     for u in (0.0, 1e-9, 1 - 2.0**-24, 1 - 2.0**-25, BELOW_ONE):
-        token = sample_tokens(logits, 1.0, torch.tensor([u], dtype=torch.float64), vocabulary // 2).item()
+        token = sample(logits, 1.0, torch.tensor([u], dtype=torch.float64), vocabulary // 2).item()
         assert logits[0, token] > -math.inf
         assert token != vocabulary // 2
         assert (token < vocabulary // 2) == (u < 0.5)
@@ -200,7 +205,7 @@ def test_extreme_points_of_large_vocabularies_are_tokens_of_positive_probability
 def test_a_higher_point_never_gives_an_earlier_token_and_points_are_quantiles():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     points = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, 0.99], dtype=torch.float64)
-    tokens = sample_tokens(torch.cat([logits, torch.zeros(1, 1)], 1).expand(8, -1), 1.0, points, 4)
+    tokens = sample(torch.cat([logits, torch.zeros(1, 1)], 1).expand(8, -1), 1.0, points, 4)
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -208,7 +213,7 @@ def test_temperature_zero_is_the_argmax_without_the_mask_token():
     logits = torch.randn((50, 9), generator=rng(2))
     logits[:, 5] = 100.0
     for u in (0.0, BELOW_ONE):
-        tokens = sample_tokens(logits, 0.0, torch.full((50,), u, dtype=torch.float64), 5)
+        tokens = sample(logits, 0.0, torch.full((50,), u, dtype=torch.float64), 5)
         assert tokens.tolist() == [max(set(range(9)) - {5}, key=row.__getitem__) for row in logits.tolist()]
 
 
@@ -216,7 +221,7 @@ def test_logits_are_not_altered():
     logits = torch.randn((4, 6), generator=rng(3))
     before = logits.clone()
     for temperature in (0.0, 0.7):
-        sample_tokens(logits, temperature, torch.full((4,), 0.3), 2)
+        sample(logits, temperature, torch.full((4,), 0.3), 2)
     assert torch.equal(logits, before)
 
 

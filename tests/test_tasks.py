@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import espo_lightning
 from espo_lightning.tasks import Countdown, Sudoku
 from espo_lightning.tasks.base import answer_part
-from espo_lightning.tasks.countdown import evaluate, expressions
+from espo_lightning.tasks.countdown import evaluate, shapes
 from espo_lightning.tasks.countdown import verify as verify_countdown
 from espo_lightning.tasks.sudoku import fill_rows, grids, is_solved, parse_grid, solutions
 from espo_lightning.tasks.sudoku import verify as verify_sudoku
@@ -33,6 +33,10 @@ TASKS = [
     Countdown(),
     Countdown(largest=9, largest_target=30, prompt="instruct", format_reward=0.0, right=0.5),
 ]
+
+
+def expressions(numbers):
+    return [shape.format(*numbers) for shape in shapes(len(numbers))]
 
 
 def assert_share(hits: int, chances: list[float]) -> None:
@@ -664,3 +668,24 @@ def test_arbitrary_text(check, right):
         check(text)
 
     run()
+
+
+@pytest.mark.parametrize("tag", ["answer", "ANSWER"])
+def test_an_answer_after_a_letter_whose_lower_case_is_longer_still_counts(tag):
+    countdown = Countdown().problem("test", 0, 0)
+    assert countdown.verify(f"\u0130 <{tag}>{countdown.answer}</{tag}>")["exact"] == 1
+    sudoku = Sudoku().problem("test", 0, 0)
+    assert sudoku.verify(f"\u0130 <{tag}>{sudoku.answer}</{tag}>")["exact"] == 1
+
+
+@pytest.mark.parametrize("settings", [{"right": 2.0}, {"largest": 0}, {"largest_target": 1}])
+def test_countdown_refuses_settings_without_problems(settings):
+    with pytest.raises(ValueError, match=r"right is a share|at least"):
+        Countdown(**settings)
+
+
+@pytest.mark.parametrize("task", [Sudoku, Countdown])
+def test_a_file_without_rows_is_named(task, tmp_path):
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ValueError, match="empty"):
+        task(path=str(tmp_path / "empty")).problem("test", 0, 0)

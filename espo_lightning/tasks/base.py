@@ -1,6 +1,7 @@
 """What a task is: problems drawn from (seed, index), each with its own verifier. Standard library only."""
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,9 +43,8 @@ def rng(*key: int | str) -> random.Random:
 
 def answer_part(text: str) -> str:
     """What stands after the last ``<answer>``, up to ``</answer>`` or the end; the whole text if there is no tag."""
-    lowered = text.lower()
-    start = lowered.rfind("<answer>")
-    if start < 0 or len(lowered) != len(text):  # lower() may change the length of exotic letters
+    starts = [match.end() for match in re.finditer("<answer>", text, re.IGNORECASE | re.ASCII)]
+    if not starts:
         return text
-    end = lowered.find("</answer>", start)
-    return text[start + len("<answer>") : end if end >= 0 else None]
+    end = re.compile("</answer>", re.IGNORECASE | re.ASCII).search(text, starts[-1])
+    return text[starts[-1] : end.start() if end else None]

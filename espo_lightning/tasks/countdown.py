@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import permutations, product
 from typing import Literal
 from zlib import crc32
@@ -41,7 +41,7 @@ def evaluate(text: str, numbers: tuple[int, ...]) -> Fraction | None:
     tokens = re.findall(r"[0-9]+|[-+*/()]", text[:200])
     if len(text) > 200 or len(tokens) > 8 * len(numbers) or re.sub(r"[0-9+\-*/()\s]", "", text):
         return None
-    if sorted(int(t) for t in tokens if t.isdigit()) != sorted(numbers) or re.search(r"[0-9]\s+[0-9]", text):
+    if sorted(int(t) for t in tokens if t.isdigit()) != sorted(numbers):
         return None
     position = 0
 
@@ -84,18 +84,17 @@ def verify(numbers: tuple[int, ...], target: int, format_reward: float, text: st
     }
 
 
-def expressions(numbers: tuple[int, ...]) -> list[str]:
-    """Every expression over all orders of the numbers, all operators and both ways to bracket three (none for two)."""
+@cache
+def shapes(count: int) -> tuple[str, ...]:
+    """Every expression over ``count`` numbers, "{0}" to "{count-1}": all orders, operators and, of three, brackets."""
     found = []
-    for order in permutations(map(str, numbers)):
-        for signs in product("+-*/", repeat=len(order) - 1):
-            flat = order[0] + "".join(s + n for s, n in zip(signs, order[1:]))
-            found.append(flat)
-            if len(order) == 3:
-                a, b, c = order
-                first, second = signs
+    for order in permutations(f"{{{i}}}" for i in range(count)):
+        for signs in product("+-*/", repeat=count - 1):
+            found.append(order[0] + "".join(s + n for s, n in zip(signs, order[1:])))
+            if count == 3:
+                (a, b, c), (first, second) = order, signs
                 found += [f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"]
-    return found
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,21 @@ class Countdown(Task):
     right: float = 1.0
     path: str | None = None
 
+    def __post_init__(self):
+        if self.largest < 2 or self.largest_target < 4:
+            raise ValueError(
+                f"largest must be at least 2 and largest_target at least 4, so that both splits have problems; "
+                f"got {self.largest} and {self.largest_target}"
+            )
+        if not 0 <= self.right <= 1:
+            raise ValueError(f"right is a share between 0 and 1, got {self.right}")
+
     @property
     def chance(self) -> dict[str, float]:
         """Exact expectation of the numbers as given with two random operators, over 256 test problems."""
         hits = 0
         for i in range(256):
-            numbers, target = self._draw("test", 0, i)
+            numbers, target, _ = self._draw("test", 0, i)
             flats = [f"{numbers[0]}{p}{numbers[1]}{q}{numbers[2]}" for p, q in product("+-*/", repeat=2)]
             hits += sum(evaluate(e, numbers) == target for e in flats) / len(flats)
         return {"exact": hits / 256, "format": 1.0}
@@ -134,30 +142,35 @@ class Countdown(Task):
     def _rows(self) -> list[tuple[tuple[int, ...], int]]:
         with open(self.path) as file:
             rows = [json.loads(line) for line in file if line.strip()]
+        if not rows:
+            raise ValueError(f"{self.path} has no rows of the form {{'input': '30,100,93', 'output': '23'}}")
         return [(tuple(map(int, r["input"].split(","))), int(r["output"])) for r in rows]
 
-    def _draw(self, split: str, seed: int, index: int) -> tuple[tuple[int, ...], int]:
+    def _draw(self, split: str, seed: int, index: int) -> tuple[tuple[int, ...], int, str | None]:
+        """Numbers, target, and the expression that it was made from (None for a file's rows)."""
         if self.path is not None:
-            return self._rows[index % len(self._rows)]
+            return *self._rows[index % len(self._rows)], None
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
         draw = rng("countdown", split, seed, index, self.largest, self.largest_target)
         while True:
             numbers = tuple(draw.randint(1, self.largest) for _ in range(3))
-            value = evaluate(draw.choice(expressions(numbers)), numbers)
+            expression = draw.choice(shapes(3)).format(*numbers)
+            value = evaluate(expression, numbers)
             if value is None or value.denominator != 1 or not 1 <= value <= self.largest_target:
                 continue
             held_out = crc32(repr((sorted(numbers), int(value))).encode()) % 8 == 0
             if held_out == (split == "test"):
-                return numbers, int(value)
+                return numbers, int(value), expression
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
-        numbers, target = self._draw(split, seed, index)
+        numbers, target, answer = self._draw(split, seed, index)
         draw = rng("countdown answer", split, seed, index)
-        if draw.random() < self.right:
-            answer = draw.choice([e for e in expressions(numbers) if evaluate(e, numbers) == target])
-        else:
+        if draw.random() >= self.right:
             answer = f"{numbers[0]}{draw.choice('+-*/')}{numbers[1]}{draw.choice('+-*/')}{numbers[2]}"
+        elif answer is None:
+            every = (shape.format(*numbers) for shape in shapes(len(numbers)))
+            answer = draw.choice([e for e in every if evaluate(e, numbers) == target] or [""])
         given = ",".join(map(str, numbers))
         text = f"{given}={target}"
         if self.prompt == "instruct":

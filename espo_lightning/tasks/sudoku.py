@@ -103,7 +103,7 @@ class Sudoku(Task):
         right: share of right demonstrations for supervised training.
         habit: the wrong ones: each row's missing digits in "ascending" or in "random" order.
         path: a CSV file with columns Puzzle and Solution (the published test file's format), used for
-            every split instead of drawn puzzles.
+            every split instead of drawn puzzles. A puzzle with several solutions accepts them all.
     """
 
     empty: int = 8
@@ -122,12 +122,15 @@ class Sudoku(Task):
     @cached_property
     def _rows(self) -> list[tuple[str, str]]:
         with open(self.path, newline="") as file:
-            return [(r["Puzzle"].zfill(16), r["Solution"]) for r in csv.DictReader(file)]
+            rows = [(r.get("Puzzle", "").zfill(16), r.get("Solution", "")) for r in csv.DictReader(file)]
+        if not rows or not all(re.fullmatch("[0-4]{16}", p) and is_solved(s) for p, s in rows):
+            raise ValueError(f"{self.path} must be a CSV file with columns Puzzle and Solution of 16 digits each")
+        return rows
 
     @cached_property
     def chance(self) -> dict[str, float]:
         """Exact expectation of filling each row with its missing digits in random order, over 256 test puzzles."""
-        puzzles = [self._draw("test", 0, i)[0] for i in range(256)]
+        puzzles = [p for p, _ in (self._draw("test", 0, i) for i in range(256)) if "0" in p]
         missing = [[row.count("0") for row in re.findall("....", puzzle) if "0" in row] for puzzle in puzzles]
         cell = sum(len(rows) / sum(rows) for rows in missing) / len(missing)
         exact = sum(1 / prod(map(factorial, rows)) for rows in missing) / len(missing)
