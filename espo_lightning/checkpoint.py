@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from espo_lightning.formats import FORMATS, llada_names, make_config
 from espo_lightning.policy import Policy
 
+ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
@@ -62,7 +63,8 @@ def load_policy(
     transformers checkpoints. The mode changes nothing else: there is no dropout in either.
 
     Args:
-        path: a local folder or a hub id, in one of the formats of `formats`, or a peft LoRA adapter for one of them.
+        path: a local folder, a hub id or ``bundled:NAME``, in one of the formats of `formats`, or a peft LoRA adapter
+            for one of them.
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored). New adapters are float32.
         attention: transformers' kernel: sdpa, eager, flash_attention_2, ...
         gradient_checkpointing: recompute every layer in the backward pass instead of keeping its activations.
@@ -184,7 +186,12 @@ def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
 
 
 def resolve(path: str | Path, *, code: bool = False) -> Path:
-    """The local folder of a checkpoint; a hub id (owner/name) is downloaded first."""
+    """The local folder of a checkpoint; ``bundled:NAME`` is one of the package, a hub id (owner/name) is downloaded."""
+    if str(path).startswith("bundled:"):
+        folder = ASSETS / str(path).removeprefix("bundled:")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path}: the bundled policies are {sorted(f.name for f in ASSETS.iterdir())}")
+        return folder
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

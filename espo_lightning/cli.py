@@ -40,9 +40,9 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
     config = parser.parse_args(argv)
     config.pop("config")
     try:
-        arguments = vars(parser.instantiate_classes(config))
+        arguments = vars(parser.instantiate(config))
         if "settings" in signature(function).parameters:
-            arguments["settings"] = json.loads(parser.dump(config, format="json", skip_none=False))
+            arguments["settings"] = json.loads(parser.dump(config, format="json", skip_unset=False))
         return function(**arguments)
     except BAD_INPUT as error:
         parser.error(str(error))
@@ -114,13 +114,17 @@ class TrainingCLI(LightningCLI):
             self.parser.error(f"ckpt_path {config.ckpt_path} does not exist")
         resumed = None if config.ckpt_path is None else str(Path(config.ckpt_path).resolve().parents[1])
         # processes that Lightning starts inherit the choice of the first one
-        chosen = config.run_dir or resumed or os.environ.get("ESPO_RUN_DIR") or time.strftime("runs/%Y%m%d-%H%M%S")
+        inherited = os.environ.get("ESPO_RUN_DIR") if rank_zero_only.rank else None
+        chosen = config.run_dir or resumed or inherited or time.strftime("runs/%Y%m%d-%H%M%S")
         os.environ["ESPO_RUN_DIR"] = chosen
         self.run_dir = Path(chosen)
         if resumed is None and rank_zero_only.rank == 0 and self.run_dir.is_dir() and any(self.run_dir.iterdir()):
             self.parser.error(
                 f"run_dir {self.run_dir} exists and is not empty: name another, remove it, or resume with --ckpt_path"
             )
+        repeatable = config.clone()  # what the run folder keeps works as --config of another run
+        repeatable.run_dir = repeatable.ckpt_path = repeatable.config = None
+        self.saved_config = self.parser.dump(repeatable, skip_unset=False)
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:
             arguments = getattr(logger, "init_args", None)
@@ -130,7 +134,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (*BAD_INPUT, MisconfigurationException) as error:
+        except (*BAD_INPUT, MisconfigurationException, ModuleNotFoundError) as error:
             self.parser.error(str(error))
 
     def instantiate_trainer(self, **kwargs):
@@ -142,7 +146,7 @@ class TrainingCLI(LightningCLI):
             earlier = self.run_dir / "metrics.csv"
             if earlier.exists():  # CSVLogger would delete it
                 earlier.rename(self.run_dir / f"metrics.{len(list(self.run_dir.glob('metrics.*.csv'))):03d}.csv")
-            self.parser.save(self.config, self.run_dir / "config.yaml", skip_none=False, overwrite=True)
+            (self.run_dir / "config.yaml").write_text(self.saved_config)
         self.checkpoint = RunCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every)
         return super().instantiate_trainer(
             logger=[*(x for x in loggers if isinstance(x, Logger)), CSVLogger(self.run_dir, name="", version="")],

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from espo_lightning.assets import SUDOKU
 from espo_lightning.cli import run
 from espo_lightning.masking import fold_in
 from espo_lightning.policy import Policy
@@ -77,7 +76,7 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> None:
     defaults = {
-        "policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": SUDOKU}},
+        "policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": "bundled:sudoku"}},
         "task": {"class_path": "espo_lightning.tasks.Sudoku"},
     }
     result = run(evaluate, "espo_lightning.evaluate", argv, defaults)

@@ -5,9 +5,9 @@ import json
 import time
 from pathlib import Path
 
+import yaml
 from lightning.pytorch import Callback
 
-from espo_lightning.assets import SUDOKU
 from espo_lightning.cli import TrainingCLI
 from espo_lightning.data import PromptDataModule
 from espo_lightning.module import ESPOModule
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         argv,
         command="espo_lightning.fit",
         defaults={
-            "model.policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": SUDOKU}},
+            "model.policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": "bundled:sudoku"}},
             "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4, "weight_decay": 0.01}},
         },
         trainer_defaults={"val_check_interval": 10, "check_val_every_n_epoch": None},
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         "rollouts": model.rollouts,
         "updates": model.rollouts * model.updates,
         "seconds": seconds,
-        "settings": json.loads(cli.parser.dump(cli.config, format="json", skip_none=False)),
+        "settings": yaml.safe_load(cli.saved_config),
     }
     (cli.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
     curve = plot_rewards(cli.run_dir, summary)

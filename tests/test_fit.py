@@ -34,17 +34,11 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def no_chosen_run_folder(monkeypatch):
-    monkeypatch.delenv("ESPO_RUN_DIR", raising=False)
-
-
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory) -> Path:
     """The run folder of a short run."""
     run_dir = tmp_path_factory.mktemp("runs") / "first"
     fit.main([*TINY, f"--model.policy.path={folder}", f"--run_dir={run_dir}", "--data.batches=4", "--seed=3"])
-    os.environ.pop("ESPO_RUN_DIR", None)
     return run_dir
 
 
@@ -104,9 +98,11 @@ def test_transformers_opens_the_final_policy_as_a_bidirectional_model(finished):
     assert load_policy(finished / "policy").mask_id == tokenizer.mask_token_id
 
 
-def test_the_saved_config_repeats_the_run(finished, tmp_path):
-    fit.main(["--config", str(finished / "config.yaml"), f"--run_dir={tmp_path / 'again'}"])
-    first, second = (load_policy(d / "policy").state_dict() for d in (finished, tmp_path / "again"))
+def test_the_saved_config_repeats_the_run_in_a_folder_of_its_own(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit.main(["--config", str(finished / "config.yaml")])
+    (again,) = (tmp_path / "runs").iterdir()
+    first, second = (load_policy(d / "policy").state_dict() for d in (finished, again))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -221,7 +217,6 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_resumes(folder, tmp_pat
     (resume,) = [line.strip() for line in output.splitlines() if "--ckpt_path" in line]
     assert not (tmp_path / "run" / "summary.json").exists()
     fit.main(resume.split()[3:])
-    os.environ.pop("ESPO_RUN_DIR", None)
     fit.main([*common, f"--run_dir={tmp_path / 'whole'}"])
     resumed, whole = (load_policy(tmp_path / d / "policy").state_dict() for d in ("run", "whole"))
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
@@ -233,7 +228,6 @@ def test_sft_makes_the_same_bytes_twice_and_evaluate_judges_them(tmp_path, capsy
             f"--run_dir={tmp_path / name}", "--data.batches=3", "--data.batch_size=4", "--model.policy.hidden_size=16",
             "--model.policy.heads=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--seed=1",
         ])  # fmt: skip
-        os.environ.pop("ESPO_RUN_DIR", None)
     first, second = ((tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in "ab")
     assert first == second
     output = tmp_path / "evaluation.json"

@@ -13,7 +13,6 @@ ALLOWED = {
     "loss": set(),
     "formats": set(),
     "policy": set(),
-    "assets": set(),
     "likelihood": {"masking"},
     "sampler": {"masking"},
     "exact": {"masking"},
@@ -24,10 +23,10 @@ ALLOWED = {
     "runs": set(),
     "cli": {"runs"},
     "export": {"checkpoint", "formats", "cli"},
-    "evaluate": {"assets", "cli", "masking", "policy", "sampler", "tasks", "verdicts"},
+    "evaluate": {"cli", "masking", "policy", "sampler", "tasks", "verdicts"},
     "module": {"checkpoint", "likelihood", "loss", "masking", "policy", "sampler", "tasks", "verdicts"},
     "sft": {"cli", "data", "likelihood", "masking", "policy", "tasks"},
-    "fit": {"assets", "cli", "data", "module", "runs"},
+    "fit": {"cli", "data", "module", "runs"},
 }
 
 
