@@ -77,6 +77,7 @@ class ESPOModule(LightningModule):
         max_grad_norm: clip the global gradient norm to this; null = do not clip.
         micro_batch: completions per forward and backward pass; null = all at once.
         view_by_view: backpropagate one mask view at a time: same gradient, the memory of one view, one more forward.
+        compile: backend for torch.compile of the network, such as "inductor"; null = eager. Pays after a warm-up.
         max_skipped: stop after so many updates in a row with a NaN or infinite gradient.
         max_prompt_length: longest prompt in tokens; longer ones raise.
         seed: of everything random in training.
@@ -103,6 +104,7 @@ class ESPOModule(LightningModule):
         max_grad_norm: float | None = 1.0,
         micro_batch: int | None = None,
         view_by_view: bool = False,
+        compile: str | None = None,
         max_skipped: int = 10,
         max_prompt_length: int = 512,
         seed: int = 0,
@@ -133,6 +135,9 @@ class ESPOModule(LightningModule):
         length = decoding.length
         self.clip_range = losses.clip_range_of_nats(clip_nats, length) if clip_range is None else clip_range
         self.reference = make_reference(policy) if beta else None
+        if compile is not None:
+            for scored in (policy, self.reference.policy) if beta else (policy,):
+                scored.compile_network(compile)
         self.reference_sync = reference_sync
         self.skip_equal_groups = skip_equal_groups
         self.optimizer, self.warmup, self.max_grad_norm = optimizer, warmup, max_grad_norm

@@ -67,6 +67,11 @@ class Policy(nn.Module):
         """Whether the model is a peft model, whose adapters can be switched off."""
         return hasattr(self.model, "disable_adapter")
 
+    @property
+    def language_model(self) -> nn.Module:
+        """The transformers model, with ``.model`` (the network) and ``.lm_head``; under peft, the one inside."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
     def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
         """Chat-templated, left-padded prompts. A string is one user turn.
 
@@ -127,11 +132,21 @@ class Policy(nn.Module):
         Returns:
             What ``reduce`` returns, for all n positions.
         """
-        lm = self.model.get_base_model() if self.has_adapters else self.model
+        lm = self.language_model
         hidden = lm.model(ids, attention_mask=self._bias(attention), use_cache=False).last_hidden_state
         if self.shift:
             hidden, select = hidden[:, :-1], select[:, 1:]
         return apply_head(lm.lm_head, hidden[select], reduce, columns)
+
+    def compile_network(self, backend: str) -> None:
+        """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.
+
+        Raises:
+            ValueError: an unknown backend.
+        """
+        if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise ValueError(f"compile must be one of {', '.join(known)}, got {backend!r}")
+        self.language_model.model.compile(backend=backend, dynamic=True)
 
     def _bias(self, attention: Tensor | None) -> Tensor | None:
         """The 4D additive mask [N, 1, 1, T], the one form that SDPA and eager attention both read as a full mask.

@@ -176,6 +176,38 @@ def test_masks_once_per_rollout_need_one_pass_of_the_reference_and_none_of_the_o
     assert passes == {True: 3 + 4, False: 1}
 
 
+class CountGraphs:
+    """A torch.compile backend that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def test_compiling_changes_the_execution_and_not_the_numbers(monkeypatch):
+    backend = CountGraphs()
+    monkeypatch.setattr(torch.compiler, "list_backends", lambda exclude_tags: [backend])
+    plain, compiled = small_module(), small_module(compile=backend)
+    for module in (plain, compiled):
+        module.optimizer = partial(torch.optim.SGD, lr=10.0)
+        fit(module, 1)
+    assert backend.graphs > 0
+    torch.testing.assert_close(parameters(plain), parameters(compiled), rtol=1e-4, atol=2e-6)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+def test_mixed_precision_scores_in_float32():
+    record, plain = run(small_module(), precision="bf16-mixed"), run(small_module())
+    rollout = record.rollouts[0]
+    assert rollout.ref[0].dtype == rollout.old[1].dtype == torch.float32
+    assert record.metrics[0]["train/log_ratio"] != plain.metrics[0]["train/log_ratio"]
+    first = run(small_module(updates=1), batches=1, precision="bf16-mixed").metrics[0]
+    assert first["train/log_ratio_max"] == 0.0
+
+
 # ---- every option has an effect --------------------------------------------------------------------------
 
 BASE = {"updates": 3, "likelihood": ELBO(draws=2), "beta": 0.1, "clip_range": 0.02}
@@ -255,6 +287,7 @@ def test_clip_in_nats_equals_the_same_clip_in_the_papers_unit(trained):
         ({"micro_batch": 0}, "updates and micro_batch must be at least 1"),
         ({"clip_nats": 1.0}, "null for the other"),
         ({"clip_range": None}, "null for the other"),
+        ({"compile": "nothing"}, "compile must be one of"),
         ({"kl": k2_u}, "independent mask draws"),
         ({"kl": k2_u, "likelihood": ELBO(draws=4, stratified=True)}, "independent mask draws"),
         ({"beta": 0, "reference_sync": 2}, "no effect with beta=0"),
