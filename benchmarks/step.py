@@ -114,6 +114,8 @@ class Alternate(Callback):
     def __init__(self, baseline: Straightforward, prompts: torch.Tensor):
         self.baseline, self.prompts = baseline, prompts
         self.runs: dict[str, list[dict[str, float]]] = {"library": [], "straightforward": []}
+
+    def on_train_start(self, trainer, pl_module) -> None:
         self.start = user_seconds()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -177,6 +179,7 @@ def fit(policy: Policy, setting: Setting, batches: int, callbacks: list[Callback
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            limit_val_batches=0,
             callbacks=callbacks,
             **setting.trainer,
         )

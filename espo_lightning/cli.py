@@ -57,7 +57,7 @@ def _quiet() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
         r"Found \d+ module\(s\) in eval mode",  # on purpose: there is no dropout, and no difference
         "Experiment logs directory",  # the run folder was made, and older metrics moved, by this command line
-        "The .* does not have many workers",
+        r"(?s).*deprecated in v4\.\d+",  # of jsonargparse, by Lightning
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -59,7 +59,7 @@ class PromptDataModule(LightningDataModule):
         self,
         task: Task = Sudoku(),
         batch_size: int = 16,
-        batches: int = 60,
+        batches: int = 50,
         eval_problems: int = 256,
         eval_batch_size: int = 256,
         seed: int = 0,

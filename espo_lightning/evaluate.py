@@ -1,6 +1,7 @@
 """``python -m espo_lightning.evaluate``: how well a policy does on a task, as one JSON file."""
 
 import json
+import pickle
 import sys
 import time
 from importlib.metadata import version
@@ -33,6 +34,7 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     output: str = "evaluation.json",
+    checkpoint: str | None = None,
     settings: dict | None = None,
 ) -> dict:
     """Decode and judge problems of a task, and write one JSON file: metrics with confidence intervals, every sample,
@@ -47,6 +49,7 @@ def evaluate(
         split: "test" or "train".
         seed: of the decoding noise.
         output: the file to write.
+        checkpoint: a training checkpoint of ``policy`` (``RUN/checkpoints/*.ckpt``), whose weights are used instead.
         settings: stored in the file.
 
     Returns:
@@ -55,6 +58,8 @@ def evaluate(
     path = Path(output)
     if path.exists():
         raise ValueError(f"output {path} exists already: name another file, or remove it")
+    if checkpoint is not None:
+        load_weights(policy, checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     start, samples = time.perf_counter(), []
     for first in tqdm(range(0, problems, batch_size), desc="evaluate", unit="batch"):
@@ -72,6 +77,19 @@ def evaluate(
     }
     path.write_text(json.dumps(result, indent=1, default=str))
     return result
+
+
+def load_weights(policy: Policy, checkpoint: str) -> None:
+    """Put the weights of a Lightning checkpoint of `ESPOModule` or `SFTModule` into a policy of the same architecture.
+
+    Raises:
+        ValueError: the file is no such checkpoint, or one of another architecture.
+    """
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        policy.load_state_dict({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
+    except (pickle.UnpicklingError, KeyError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint {checkpoint} does not fit the policy: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -222,6 +222,31 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_resumes(folder, tmp_pat
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
 
 
+def test_a_training_checkpoint_is_evaluated_like_the_policy_it_became(finished, folder, tmp_path, capsys):
+    common = ["--problems=8", "--decoding.temperature=1", "--seed=5"]
+    evaluate.main([f"--policy.path={finished / 'policy'}", *common, f"--output={tmp_path / 'policy.json'}"])
+    checkpoint = f"--checkpoint={finished / 'checkpoints' / 'batch_000004.ckpt'}"
+    evaluate.main([f"--policy.path={folder}", checkpoint, *common, f"--output={tmp_path / 'checkpoint.json'}"])
+    evaluate.main([f"--policy.path={folder}", *common, f"--output={tmp_path / 'base.json'}"])
+    texts = {
+        name: [s["completion"] for s in json.loads((tmp_path / f"{name}.json").read_text())["samples"]]
+        for name in ("policy", "checkpoint", "base")
+    }
+    assert texts["policy"] == texts["checkpoint"] != texts["base"]
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([checkpoint, *common, f"--output={tmp_path / 'other.json'}"])  # the bundled policy is larger
+    assert error.value.code == 2
+    assert "does not fit the policy" in capsys.readouterr().err
+
+
+def test_sft_continues_from_a_folder(folder, tmp_path):
+    start = ["--model.policy=espo_lightning.load_policy", f"--model.policy.path={folder}", "--data.batches=1"]
+    sft.main([*start, "--data.batch_size=2", f"--run_dir={tmp_path / 'run'}", "--trainer.enable_progress_bar=false"])
+    before, after = (load_policy(path).state_dict() for path in (folder, tmp_path / "run" / "policy"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
 def test_sft_makes_the_same_bytes_twice_and_evaluate_judges_them(tmp_path, capsys):
     for name in ("a", "b"):
         sft.main([
