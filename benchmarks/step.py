@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -58,10 +58,10 @@ SETTINGS = [
     Setting("M=2", draws=2),
     Setting("M=1, 3 x 4", micro_batch=3),
     Setting("M=2, 3 x 4", draws=2, micro_batch=3),
-    Setting("compile", compile=True),
     Setting("reused masks", same_work=False, module={"fresh_masks": False}),
     Setting("beta=0, skip groups", same_work=False, module={"beta": 0.0}),
     Setting("bf16", same_work=False, trainer={"precision": "bf16-true"}),
+    Setting("compile", compile=True),
     Setting(
         "all of these",
         same_work=False,
@@ -194,23 +194,15 @@ def prepare(size: str) -> tuple[Policy, torch.Tensor]:
     return policy, policy.encode([Letters().problem("train", 0, i).prompt for i in range(PROMPTS)]).ids
 
 
-class Times(NamedTuple):
-    """One entry per step: the warm-up step first, then the timed ones. peak: FLOP/s of a matrix product."""
-
-    runs: dict[str, list[dict[str, float]]]
-    peak: float
-    differences: dict[str, float]
-
-
-def time_both(size: str, setting: Setting, repeats: int) -> Times:
-    """Check that both sides compute the same, then time them turn by turn."""
+def time_both(size: str, setting: Setting, repeats: int) -> tuple[dict[str, list], float, dict[str, float]]:
+    """Runs of both sides, the warm-up step first; FLOP/s of a matrix product; differences on equal masks."""
     policy, prompts = prepare(size)
     baseline = make_baseline(policy, setting)
     differences = assert_same(baseline, policy, prompts.repeat_interleave(GROUP, 0))
     alternate = Alternate(baseline, prompts)
     peak = matmul_peak()
     fit(policy, setting, repeats + 1, [alternate])
-    return Times(alternate.runs, max(peak, matmul_peak()), differences)
+    return alternate.runs, max(peak, matmul_peak()), differences
 
 
 def peak_memory(size: str, setting: Setting, library: bool) -> float:
@@ -240,19 +232,17 @@ def nominal_flops(size: str, draws: int) -> float:
 
 def measure(size: str, setting: Setting, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    times = in_fresh_process(time_both, size, setting, repeats)
-    row: dict[str, Any] = {"size": size, **asdict(setting), "differences": times.differences}
-    for side, runs in times.runs.items():
+    both, peak, differences = in_fresh_process(time_both, size, setting, repeats)
+    row: dict[str, Any] = {"size": size, **asdict(setting), "differences": differences}
+    for side, runs in both.items():
         row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
         row[side]["warm_up"] = runs[0]["step"]
-        row[side]["tokens_per_second"] = {
-            key: PROMPTS * GROUP * LENGTH / row[side][key]["median"] for key in ("rollout", "step")
-        }
+        tokens = PROMPTS * GROUP * LENGTH
+        row[side]["tokens_per_second"] = {key: tokens / row[side][key]["median"] for key in ("rollout", "step")}
         row[side]["peak_MiB"] = in_fresh_process(peak_memory, size, setting, side == "library")
         if setting.same_work:
-            flops_per_second = nominal_flops(size, setting.draws) / row[side]["step"]["median"]
-            row[side]["share_of_peak"] = flops_per_second / times.peak
-    row["matmul_gflops"] = times.peak / 1e9
+            row[side]["share_of_peak"] = nominal_flops(size, setting.draws) / row[side]["step"]["median"] / peak
+    row["matmul_gflops"] = peak / 1e9
     row["ratio"] = {
         key: {of: row["library"][key][of] / row["straightforward"][key][of] for of in ("median", "min")}
         for key in ("step", *PHASES)
@@ -260,7 +250,8 @@ def measure(size: str, setting: Setting, repeats: int) -> dict[str, Any]:
     return row
 
 
-HEADER = f"{'size':6} {'setting':20} {'side':16} {'step, s':>20} {'rollout':>8} {'score':>8} {'update':>8} " + (
+HEADER = (
+    f"{'size':6} {'setting':20} {'side':16} {'step, s':>20} {'rollout':>8} {'score':>8} {'update':>8} "
     f"{'tokens/s':>9} {'MiB':>6} {'peak':>5}  {'ratio (of minima)':>17}"
 )
 
@@ -289,15 +280,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     arguments = parser.parse_args()
     settings, repeats = (SETTINGS[:1], 2) if arguments.quick else (SETTINGS, arguments.repeats)
+    machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(HEADER)
     for size in arguments.sizes:
         for setting in settings:
             rows.append(measure(size, setting, repeats))
             print(table(rows[-1]), flush=True)
-    machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({**machine, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+            result = {**machine, "torch": torch.__version__, "rows": rows}
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {arguments.output}")
 
 

@@ -36,15 +36,16 @@ def score(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
         [M, B, L], float32 from a `Policy`: ``masks.weight`` times log p(y_i | x, the visible tokens).
     """
     halves = torch.stack([masks.hidden, ~masks.hidden]) if masks.coupled else masks.hidden.unsqueeze(0)  # [H, M, B, L]
-    rows = halves.flatten(0, 2)  # [H M B, L]
-    copies = len(rows) // len(completion)
-    ids = torch.cat([prompts.ids.repeat(copies, 1), completion.repeat(copies, 1).masked_fill(rows, policy.mask_id)], 1)
+    views = halves.flatten(0, 2)  # [H M B, L]
+    used = views.any(-1)  # a half with nothing hidden needs no forward,
+    used[0] = True  # but one row always runs, so that every process makes the same calls
+    used = used.nonzero().squeeze(-1)
+    owner, hidden = used % len(completion), views[used]
+    ids = torch.cat([prompts.ids[owner], completion[owner].masked_fill(hidden, policy.mask_id)], 1)
     attention = prompts.attention(completion.shape[1])
-    select = F.pad(rows, (prompts.ids.shape[1], 0))
-    targets = completion.expand_as(halves)[halves]
-    log_probs = policy(
-        ids, None if attention is None else attention.repeat(copies, 1), select, token_log_probs, targets
-    )
+    select = F.pad(hidden, (prompts.ids.shape[1], 0))
+    targets = completion[owner][hidden]
+    log_probs = policy(ids, None if attention is None else attention[owner], select, token_log_probs, targets)
     terms = log_probs.new_zeros(halves.shape).masked_scatter(halves, log_probs).sum(0)
     return terms * masks.weight
 

@@ -6,12 +6,16 @@ What a checkpoint is, is read from its config and tokenizer, never from its name
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
 Messages = list[dict[str, str]]
@@ -53,6 +57,10 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
+        last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
+        self.selective = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+        if self.selective:
+            last.forward = MethodType(selective_layer, last)
 
     @property
     def config(self):
@@ -124,7 +132,8 @@ class Policy(nn.Module):
         Args:
             ids: int64 [N, T].
             attention: bool [N, T], True = attend to this key; None = to all.
-            select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here).
+            select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
+                first if there is a shift.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
@@ -133,10 +142,13 @@ class Policy(nn.Module):
             What ``reduce`` returns, for all n positions.
         """
         lm = self.language_model
-        hidden = lm.model(ids, attention_mask=self._bias(attention), use_cache=False).last_hidden_state
-        if self.shift:
-            hidden, select = hidden[:, :-1], select[:, 1:]
-        return apply_head(lm.lm_head, hidden[select], reduce, columns)
+        rows = select.flatten().nonzero().squeeze(-1) - self.shift  # of the flattened hidden states [N T, d]
+        network = {"attention_mask": self._bias(attention), "use_cache": False}
+        if self.selective:
+            hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
+        else:
+            hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
+        return apply_head(lm.lm_head, hidden, reduce, columns)
 
     def compile_network(self, backend: str) -> None:
         """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.
@@ -166,6 +178,20 @@ class Policy(nn.Module):
         # peft would otherwise ask the hub whether the embedding was resized
         self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapters else {}))
         self.tokenizer.save_pretrained(folder)
+
+
+def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:
+    """The last decoder layer of Llama, Qwen2 and Qwen3: [N, T, d] -> [n, d], its MLP only where a token is predicted.
+
+    The same numbers for less: nothing reads the last layer's output at other positions. On a 4-layer policy this saves
+    about an eighth of every pass. Without ``rows`` it is the layer as it was. It is never checkpointed: the backward
+    pass begins here.
+    """
+    if rows is None:
+        return type(layer).forward(layer, hidden_states, **arguments)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **arguments)
+    hidden = (hidden_states + attended).flatten(0, 1)[rows]
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:

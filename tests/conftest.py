@@ -71,9 +71,9 @@ def global_states() -> tuple:
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def global_generators_untouched():
-    """No test may change a global generator through the library: randomness is an argument."""
+    """Training may not change a global generator: randomness is an argument."""
     before = global_states()
     yield
     assert global_states() == before

@@ -242,12 +242,13 @@ def test_dream_predicts_token_i_from_hidden_state_i_minus_1(checkpoints):
         select = torch.zeros_like(ids, dtype=torch.bool)
         select[0, [3, 6]] = True
         expected = policy.model.lm_head(hidden[0, [2, 5]])
-        assert torch.equal(policy(ids, None, select, lambda x: x), expected)
+        # the last layer's MLP runs on two rows instead of seven: other matmul kernels, so not bit for bit
+        torch.testing.assert_close(policy(ids, None, select, lambda x: x), expected, rtol=1e-5, atol=1e-6)
     unshifted = load_policy(checkpoints / "llada")
     with torch.no_grad():
         hidden = unshifted.model.model(ids).last_hidden_state
         expected = unshifted.model.lm_head(hidden[0, [3, 6]])
-        assert torch.equal(unshifted(ids, None, select, lambda x: x), expected)
+        torch.testing.assert_close(unshifted(ids, None, select, lambda x: x), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", MASKED)

@@ -6,6 +6,8 @@ import pytest
 
 from espo_lightning import fit, sft
 
+pytestmark = pytest.mark.usefixtures("global_generators_untouched")
+
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 SMALL = ["--data.batches=1", "--data.batch_size=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 

@@ -16,6 +16,8 @@ import yaml
 
 from espo_lightning import evaluate, fit, load_policy, new_policy, sft
 
+pytestmark = pytest.mark.usefixtures("global_generators_untouched")
+
 TINY = [
     "--data.batch_size=2",
     "--data.eval_problems=8",

@@ -1,5 +1,6 @@
 """Mask laws and Monte-Carlo likelihoods against exact enumeration; gradients of the loss through them."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -28,6 +29,7 @@ from espo_lightning.masking import (
     uniform,
 )
 from espo_lightning.policy import Policy, Prompts, apply_head
+from espo_lightning.scratch import new_policy
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 COUNT_LAWS = [(False, 0), (True, 0), (False, 1)]  # coupled, smallest
@@ -236,13 +238,17 @@ def test_coupled_scores_every_position_once():
 
     class Spy(TabularPolicy):
         def forward(self, ids, attention, select, reduce, *columns):
-            calls.append(select[:, 2:].view(2, 3, 50, 4).sum(0))
+            calls.append(select[:, 2:])
             return super().forward(ids, attention, select, reduce, *columns)
 
     spy = Spy(3, 4, generator=rng(1))
     masks = ELBO(draws=3).draw(keys_of(13, 50), 4)
     scores = draws_of(spy, completion, masks)
-    assert (calls[0] == 1).all()
+    (selected,) = calls
+    rows = torch.cat([masks.hidden, ~masks.hidden]).flatten(0, 1)
+    rows = rows[rows.any(-1)]  # only halves with something hidden are run, in this order
+    assert torch.equal(selected[-len(rows) :], rows)  # (a first row that hides nothing may stand before)
+    assert selected.sum() == 3 * 50 * 4  # every position of every draw, once
     torch.testing.assert_close(scores, draws_of(policy, completion, masks), rtol=0, atol=0)
 
 
@@ -683,3 +689,51 @@ def test_gradient_view_by_view_is_that_of_one_graph(kind, coupled, ratio):
     assert scale > 1e-3
     for a, b in zip(accumulated, one_graph):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(scale, 1))
+
+
+def test_the_last_layer_at_selected_positions_gives_the_numbers_of_the_whole_layer():
+    """`selective_layer` against transformers' own forward: scores and every gradient."""
+    policy = new_policy(hidden_size=16, layers=2, heads=2, intermediate_size=24)
+    assert policy.selective
+    prompts = policy.encode(["ab", "cdef"])
+    completion = torch.randint(7, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    masks = ELBO(draws=3).draw(torch.arange(2), 6)
+    gradients = []
+    for selective in (True, False):
+        policy.selective = selective
+        policy.zero_grad()
+        terms = score(policy, prompts, completion, masks)
+        terms.square().sum().backward()
+        gradients.append([terms.detach(), *(p.grad.clone() for p in policy.parameters())])
+    for selected, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(selected, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copied_policy_runs_its_own_last_layer():
+    """`selective_layer` is bound to its layer: a frozen reference must not run the policy's."""
+    policy = new_policy(hidden_size=16, layers=2, heads=2, intermediate_size=24)
+    twin = copy.deepcopy(policy)
+    prompts, masks = policy.encode(["ab"]), ELBO().draw(torch.arange(1), 4)
+    completion = torch.tensor([[8, 9, 10, 11]])
+    before = score(twin, prompts, completion, masks)
+    with torch.no_grad():
+        for parameter in policy.model.model.layers[-1].parameters():
+            parameter.add_(1.0)
+    assert torch.equal(score(twin, prompts, completion, masks), before)
+    assert not torch.equal(score(policy, prompts, completion, masks), before)
+
+
+def test_halves_with_nothing_hidden_cost_no_forward_rows():
+    rows = []
+    policy = new_policy(hidden_size=16, layers=1, heads=2, intermediate_size=24)
+    original = policy.forward
+    policy.forward = lambda ids, *rest: (rows.append(len(ids)), original(ids, *rest))[1]
+    prompts, completion = policy.encode(["ab", "ab", "ab"]), torch.full((3, 4), 9)
+    hidden = torch.tensor([[True] * 4, [False] * 4, [True, False, True, False]])[None]
+    weight = torch.ones(1, 3, 4)
+    terms = score(policy, prompts, completion, Masks(hidden, weight, True))
+    assert rows == [1 + 1 + 2]
+    assert (terms < 0).all()
+    nothing = score(policy, prompts, completion, Masks(torch.zeros_like(hidden), weight, False))
+    assert rows == [4, 1]
+    assert torch.equal(nothing, torch.zeros(1, 3, 4))

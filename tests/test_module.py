@@ -27,6 +27,8 @@ from espo_lightning import (
     token_ratio,
 )
 
+pytestmark = pytest.mark.usefixtures("global_generators_untouched")
+
 
 class Record(Callback):
     """Keeps the metrics of every rollout, and a copy of the parameters before it."""
