@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Literal
 
 from espo_lightning.checkpoint import load_policy
+from espo_lightning.cli import run
 from espo_lightning.formats import llada_config, llada_names, was_llada
 
 
-def export(policy: str, output: str, format: Literal["llada", "hf"] | None = None) -> None:
+def export(policy: str, output: str, format: Literal["llada", "hf"] | None = None) -> Path:
     """Write a policy as a checkpoint without adapters, in the dtype of its weights.
 
     Args:
         policy: a folder or hub id that load_policy opens, adapters included.
         output: a new or empty folder.
         format: llada or hf (Llama, Qwen2, Qwen3 of transformers); default: llada for what once was LLaDA's, else hf.
+
+    Returns:
+        The output folder.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -32,7 +36,7 @@ def export(policy: str, output: str, format: Literal["llada", "hf"] | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     if config is None:
         loaded.save(folder)
-        return
+        return folder
     from huggingface_hub import save_torch_state_dict
 
     weights = loaded.model.state_dict()
@@ -42,21 +46,12 @@ def export(policy: str, output: str, format: Literal["llada", "hf"] | None = Non
     save_torch_state_dict({theirs: weights[ours] for theirs, ours in names if ours in weights}, folder)
     loaded.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    from jsonargparse import ArgumentParser
-
-    usage = "python -m espo_lightning.export --policy DIR --output DIR [--format llada|hf]"
-    parser = ArgumentParser(usage=usage, description=__doc__.partition("\n")[0])
-    parser.add_function_arguments(export)
-    args = parser.parse_args(argv)
-    try:
-        export(**args.as_dict())
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
-    sys.stdout.write(f"{args.policy} -> {args.output}\n")
+    folder = run(export, "espo_lightning.export", argv)
+    sys.stdout.write(f"{folder}\n")
 
 
 if __name__ == "__main__":
