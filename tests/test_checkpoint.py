@@ -441,13 +441,16 @@ def test_export_of_a_policy_that_never_was_llada(checkpoints, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_export_cli_errors_are_one_line_and_exit_2(checkpoints, tmp_path):
+def test_export_cli_errors_are_one_message_and_exit_2(checkpoints, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
     command = [sys.executable, "-m", "espo_lightning.export", "--policy", str(checkpoints / "llada"), "--output"]
     run = subprocess.run([*command, str(tmp_path / "full")], capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert "is not empty" in run.stderr
+    assert (run.returncode, run.stdout) == (2, "")
+    *usage, error = run.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "is not empty" in error
+    assert all(line.startswith(("usage: ", "tip: ")) for line in usage)
     assert [x.name for x in (tmp_path / "full").iterdir()] == ["precious"]
 
 
