@@ -431,7 +431,7 @@ def test_countdown_prompts():
 @pytest.mark.parametrize("right", [0.0, 0.4, 1.0])
 def test_share_of_right_countdown_demonstrations(right):
     """The wrong ones, the numbers as given with random operators, are right by chance."""
-    task, hits, chances = Countdown(right=right), 0, []
+    task, hits, chances = Countdown(right=right, habit="random"), 0, []
     for index in range(400):
         problem = task.problem("train", 3, index)
         (a, b, c), target = parts_of(problem.prompt)
@@ -446,6 +446,11 @@ def test_share_of_right_countdown_demonstrations(right):
         assert hits == 400
     else:
         assert_share(hits, chances)
+
+
+def test_the_habit_of_adding_up():
+    problems = [Countdown(right=0.0).problem("train", 0, i) for i in range(50)]
+    assert all(p.answer == p.prompt.partition("=")[0].replace(",", "+") for p in problems)
 
 
 def test_countdown_chance_is_what_random_operators_score():

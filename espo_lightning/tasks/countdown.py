@@ -107,7 +107,8 @@ class Countdown(Task):
         prompt: "compact" ("3,7,2=13", for the tiny policies) or "instruct" (for LLaDA and Dream).
         format_reward: reward of a valid expression with another value. The authors' code gives 0.1 to any
             text in answer tags; here it takes an expression that uses every number once.
-        right: share of right demonstrations; the others join the numbers as given with random operators.
+        right: share of right demonstrations for supervised training.
+        habit: the wrong ones: the numbers as given, joined by "sum" (always +) or "random" operators.
         path: a JSONL file of {"input": "30,100,93", "output": "23"} rows (the published test file's
             format), used for every split.
     """
@@ -117,6 +118,7 @@ class Countdown(Task):
     prompt: Literal["compact", "instruct"] = "compact"
     format_reward: float = 0.1
     right: float = 1.0
+    habit: Literal["sum", "random"] = "sum"
     path: str | None = None
 
     def __post_init__(self):
@@ -167,7 +169,8 @@ class Countdown(Task):
         numbers, target, answer = self._draw(split, seed, index)
         draw = rng("countdown answer", split, seed, index)
         if draw.random() >= self.right:
-            answer = f"{numbers[0]}{draw.choice('+-*/')}{numbers[1]}{draw.choice('+-*/')}{numbers[2]}"
+            first, second = "++" if self.habit == "sum" else draw.choices("+-*/", k=2)
+            answer = f"{numbers[0]}{first}{numbers[1]}{second}{numbers[2]}"
         elif answer is None:
             every = (shape.format(*numbers) for shape in shapes(len(numbers)))
             answer = draw.choice([e for e in every if evaluate(e, numbers) == target] or [""])
