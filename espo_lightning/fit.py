@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
             *table(summary),
             "",
             *(
-                f"{name:12}{cli.run_dir / name}"
+                f"{name:15}{cli.run_dir / name}"
                 for name in ("summary.json", "metrics.csv", "samples.jsonl", "config.yaml")
             ),
-            f"{'curve':12}{curve}",
-            f"{'policy':12}{policy}",
+            f"{'curve':15}{curve}",
+            f"{'policy':15}{policy}",
         ]
     )
 
