@@ -62,6 +62,7 @@ SETTINGS = [
     Setting("beta=0, skip groups", same_work=False, module={"beta": 0.0}),
     Setting("bf16", same_work=False, trainer={"precision": "bf16-true"}),
     Setting("compile", compile=True),
+    Setting("M=2, compile", draws=2, compile=True),
     Setting(
         "all of these",
         same_work=False,
@@ -276,10 +277,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.87M"])
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each side (default: 7)")
+    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], help="some rows (default: all)")
     parser.add_argument("--quick", action="store_true", help="only the first setting, two repeats")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     arguments = parser.parse_args()
-    settings, repeats = (SETTINGS[:1], 2) if arguments.quick else (SETTINGS, arguments.repeats)
+    chosen = [s for s in SETTINGS if arguments.settings is None or s.name in arguments.settings]
+    settings, repeats = (chosen[:1], 2) if arguments.quick else (chosen, arguments.repeats)
     machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []

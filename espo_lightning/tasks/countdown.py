@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import permutations, product
 from typing import Literal
 from zlib import crc32
@@ -97,6 +97,18 @@ def shapes(count: int) -> tuple[str, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=4096)
+def solutions(numbers: tuple[int, ...]) -> dict[int, str]:
+    """Every whole number that an expression over ``numbers`` equals, with the first such expression of `shapes`."""
+    found: dict[int, str] = {}
+    for shape in shapes(len(numbers)):
+        expression = shape.format(*numbers)
+        value = evaluate(expression, numbers)
+        if value is not None and value.denominator == 1:
+            found.setdefault(int(value), expression)
+    return found
+
+
 @dataclass(frozen=True)
 class Countdown(Task):
     """Countdown with three numbers. Train and test are disjoint in (numbers, target).
@@ -107,7 +119,7 @@ class Countdown(Task):
         prompt: "compact" ("3,7,2=13", for the tiny policies) or "instruct" (for LLaDA and Dream).
         format_reward: reward of a valid expression with another value. The authors' code gives 0.1 to any
             text in answer tags; here it takes an expression that uses every number once.
-        right: share of right demonstrations for supervised training.
+        right: share of right demonstrations for supervised training; of several solutions it is always the same one.
         habit: the wrong ones: the numbers as given, joined by "sum" (always +) or "random" operators.
         path: a JSONL file of {"input": "30,100,93", "output": "23"} rows (the published test file's
             format), used for every split.
@@ -135,7 +147,7 @@ class Countdown(Task):
         """Exact expectation of the numbers as given with two random operators, over 256 test problems."""
         hits = 0
         for i in range(256):
-            numbers, target, _ = self._draw("test", 0, i)
+            numbers, target = self._draw("test", 0, i)
             flats = [f"{numbers[0]}{p}{numbers[1]}{q}{numbers[2]}" for p, q in product("+-*/", repeat=2)]
             hits += sum(evaluate(e, numbers) == target for e in flats) / len(flats)
         return {"exact": hits / 256, "format": 1.0}
@@ -148,10 +160,10 @@ class Countdown(Task):
             raise ValueError(f"{self.path} has no rows of the form {{'input': '30,100,93', 'output': '23'}}")
         return [(tuple(map(int, r["input"].split(","))), int(r["output"])) for r in rows]
 
-    def _draw(self, split: str, seed: int, index: int) -> tuple[tuple[int, ...], int, str | None]:
-        """Numbers, target, and the expression that it was made from (None for a file's rows)."""
+    def _draw(self, split: str, seed: int, index: int) -> tuple[tuple[int, ...], int]:
+        """Numbers and target."""
         if self.path is not None:
-            return *self._rows[index % len(self._rows)], None
+            return self._rows[index % len(self._rows)]
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
         draw = rng("countdown", split, seed, index, self.largest, self.largest_target)
@@ -163,17 +175,15 @@ class Countdown(Task):
                 continue
             held_out = crc32(repr((sorted(numbers), int(value))).encode()) % 8 == 0
             if held_out == (split == "test"):
-                return numbers, int(value), expression
+                return numbers, int(value)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
-        numbers, target, answer = self._draw(split, seed, index)
+        numbers, target = self._draw(split, seed, index)
+        answer = solutions(numbers).get(target, "")
         draw = rng("countdown answer", split, seed, index)
         if draw.random() >= self.right:
             first, second = "++" if self.habit == "sum" else draw.choices("+-*/", k=2)
             answer = f"{numbers[0]}{first}{numbers[1]}{second}{numbers[2]}"
-        elif answer is None:
-            every = (shape.format(*numbers) for shape in shapes(len(numbers)))
-            answer = draw.choice([e for e in every if evaluate(e, numbers) == target] or [""])
         given = ",".join(map(str, numbers))
         text = f"{given}={target}"
         if self.prompt == "instruct":
