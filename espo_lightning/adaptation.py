@@ -23,8 +23,11 @@ def make_denoising(model: nn.Module, tokenizer) -> None:
     config = model.config
     if getattr(config, "is_causal", True) is False:
         raise ValueError("denoise: true is for causal checkpoints, and this one denoises already: drop it")
-    if tokenizer.mask_token_id is None and tokenizer.add_special_tokens({"mask_token": MASK_TOKEN}):
-        _set_mean_row(model, tokenizer.mask_token_id)
+    if tokenizer.mask_token_id is None:
+        known = len(tokenizer)
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        if len(tokenizer) > known:
+            _set_mean_row(model, tokenizer.mask_token_id)
     config.is_causal, config.logits_shift, config.mask_token_id = False, 1, tokenizer.mask_token_id
 
 
