@@ -1,8 +1,9 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
+from espo_lightning.autoregressive import AutoregressiveDecoding
 from espo_lightning.checkpoint import LoRA, load_policy
 from espo_lightning.data import PromptDataModule
-from espo_lightning.likelihood import ELBO, Likelihood, MeanField, QuadratureELBO, TimeELBO, score
+from espo_lightning.likelihood import ELBO, Autoregressive, Likelihood, MeanField, QuadratureELBO, TimeELBO, score
 from espo_lightning.loss import (
     espo_loss,
     k1,
@@ -19,13 +20,16 @@ from espo_lightning.loss import (
 from espo_lightning.masking import Masks
 from espo_lightning.module import ESPOModule, Rollout
 from espo_lightning.policy import Policy, Prompts
-from espo_lightning.sampler import Decoding, generate, low_confidence, random_order
+from espo_lightning.sampler import Decoder, Decoding, generate, low_confidence, random_order
 from espo_lightning.scratch import new_policy
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 
 __all__ = [
     "ELBO",
+    "Autoregressive",
+    "AutoregressiveDecoding",
     "Countdown",
+    "Decoder",
     "Decoding",
     "ESPOModule",
     "Likelihood",

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from espo_lightning.adaptation import make_denoising
 from espo_lightning.formats import FORMATS, llada_names, make_config
 from espo_lightning.policy import Policy
 
@@ -56,6 +57,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
+    denoise: bool = False,
 ) -> Policy:
     """Load a policy. Memory peaks at one copy of the weights and one tensor.
 
@@ -71,6 +73,7 @@ def load_policy(
         lora: adapters to add; everything else is then frozen.
         trust_remote_code: run the checkpoint's own code where its model_type is unknown. It must be laid out like Llama
             (``.model``, ``.lm_head``) and attend in both directions; its shift is ``logits_shift``, else 0.
+        denoise: turn a causal checkpoint into a diffusion policy, for `sft` to train, see `make_denoising`.
 
     Raises:
         FileNotFoundError: no such folder, config or shard.
@@ -79,6 +82,11 @@ def load_policy(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(path, code=trust_remote_code)
+    if denoise and (lora is not None or (folder / "adapter_config.json").is_file()):
+        raise ValueError(
+            "denoise: true changes the base, which an adapter does not store: save the denoising policy of the causal "
+            "base as a folder of its own (sft does), and put adapters on that"
+        )
     if (folder / "adapter_config.json").is_file():
         if lora is not None:
             raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
@@ -92,6 +100,8 @@ def load_policy(
         model = load(folder, raw, DTYPES[dtype], attention)
         local = folder == Path(path).expanduser()
         model.config._name_or_path = model.name_or_path = str(folder.resolve() if local else path)  # peft notes it
+        if denoise:
+            make_denoising(model, tokenizer)
         policy = _make_policy(model, tokenizer, folder)
         if lora is not None:
             policy.model = _add_adapter(model, lora)
@@ -119,7 +129,7 @@ class FrozenReference(nn.Module):
         super().__init__()
         facts = {"mask_id": policy.mask_id, "shift": policy.shift, "causal": policy.causal}
         self.policy = Policy(deepcopy(policy.model), policy.tokenizer, **facts).requires_grad_(False).eval()
-        self.mask_id = policy.mask_id
+        self.mask_id, self.lengths = policy.mask_id, self.policy.lengths
 
     @torch.no_grad()
     def forward(self, *args: Any) -> Any:
@@ -143,7 +153,7 @@ class AdapterOff:
     """
 
     def __init__(self, policy: Policy):
-        self.policy, self.mask_id = policy, policy.mask_id
+        self.policy, self.mask_id, self.lengths = policy, policy.mask_id, policy.lengths
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:

@@ -14,21 +14,21 @@ from tqdm import tqdm
 from espo_lightning.cli import run
 from espo_lightning.masking import fold_in
 from espo_lightning.policy import Policy
-from espo_lightning.sampler import Decoding, generate
+from espo_lightning.sampler import Decoder, Decoding
 from espo_lightning.tasks.base import Problem, Task, Verdict
 from espo_lightning.verdicts import judge, summarise
 
 
-def solve(policy: Policy, problems: list[Problem], keys: Tensor, decoding: Decoding) -> tuple[list[str], list[Verdict]]:
+def solve(policy: Policy, problems: list[Problem], keys: Tensor, decoding: Decoder) -> tuple[list[str], list[Verdict]]:
     """Decode one completion per problem with keys [B], and judge it: texts and verdicts."""
-    texts = policy.decode(generate(policy, policy.encode([p.prompt for p in problems]), keys, decoding))
+    texts = policy.decode(decoding.generate(policy, policy.encode([p.prompt for p in problems]), keys))
     return texts, [judge(problem, text) for problem, text in zip(problems, texts)]
 
 
 def evaluate(
     policy: Policy,
     task: Task,
-    decoding: Decoding = Decoding(temperature=0.0),
+    decoding: Decoder = Decoding(temperature=0.0),
     problems: int = 256,
     batch_size: int = 64,
     split: str = "test",
@@ -43,7 +43,7 @@ def evaluate(
     Args:
         policy: see `load_policy`.
         task: where the problems come from.
-        decoding: greedy unless told otherwise.
+        decoding: greedy unless told otherwise; `AutoregressiveDecoding` for a causal policy.
         problems: how many, from the start of the split.
         batch_size: problems decoded at once; does not change the results.
         split: "test" or "train".
@@ -58,6 +58,7 @@ def evaluate(
     path = Path(output)
     if path.exists():
         raise ValueError(f"output {path} exists already: name another file, or remove it")
+    decoding.check(policy)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Likelihoods of a completion under a masked diffusion LM: a mask law and one way of scoring.
+"""Likelihoods of a completion: mask laws and one way of scoring for masked diffusion LMs, the exact one for causal LMs.
 
 A likelihood draws masks (data, so that policy, old policy and reference are scored on the same ones)
 and turns them into *terms* [M, B, L]: weighted log-probabilities whose mean over the M draws of the sum
@@ -51,13 +51,31 @@ def score(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
 
 
 class Likelihood(ABC):
-    """A mask law. ``independent_draws``: M if the draws of one completion are independent (`k2_u` asks), else 1."""
+    """A mask law, and how completions are scored on its masks; that of a diffusion policy unless overridden.
+
+    independent_draws: M if the draws of one completion are independent (`k2_u` asks), else 1.
+    random: whether another key gives other masks; if not, new masks for every update would all be the same.
+    """
 
     independent_draws: int = 1
+    random: bool = True
+
+    def check(self, policy) -> None:
+        """Raise a ValueError if the policy cannot be scored this way."""
+        if policy.mask_id is None:
+            raise ValueError(
+                f"the policy is a causal model, which cannot denoise, and {type(self).__name__} scores denoising: use "
+                "likelihood=Autoregressive (with decoding=AutoregressiveDecoding), or make it a diffusion policy by "
+                "sft (load_policy with denoise: true)"
+            )
 
     @abstractmethod
     def draw(self, keys: Tensor, length: int) -> Masks:
         """Masks [M, B, L] for completions of ``length`` tokens with int64 keys [B]."""
+
+    def terms(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
+        """Terms [M, B, L] of completions [B, L] on given masks, see `score`."""
+        return score(policy, prompts, completion, masks)
 
 
 @dataclass(frozen=True)
@@ -131,5 +149,42 @@ class QuadratureELBO(Likelihood):
 class MeanField(Likelihood):
     """sum_i log p(y_i | x, everything masked), the paper's ablation and diffu-GRPO's likelihood; not a bound."""
 
+    random = False
+
     def draw(self, keys: Tensor, length: int) -> Masks:
         return full_mask(keys, length)
+
+
+@dataclass(frozen=True)
+class Autoregressive(Likelihood):
+    """log p(y | x) of a causal policy: exact, in one forward, with nothing to draw.
+
+    With it, GRPO is `token_ratio` with `standardised` advantages (arXiv:2402.03300), and GSPO is `sequence_ratio`
+    with a small clip range (arXiv:2507.18071). Both papers divide by a completion's own number of tokens; here, as
+    in ESPO and Dr. GRPO (arXiv:2503.20783), the divisor is the canvas width L for all: positions after the
+    end have term 0, hence ratio 1 and no gradient, and count as unclipped.
+    """
+
+    random = False
+
+    def check(self, policy) -> None:
+        if policy.mask_id is not None:
+            raise ValueError(
+                "likelihood=Autoregressive scores a token given those before it, but the policy is a diffusion model, "
+                "which sees those after it too: use ELBO, or a causal policy"
+            )
+
+    def draw(self, keys: Tensor, length: int) -> Masks:
+        return full_mask(keys, length)  # no position sees itself
+
+    def terms(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
+        """Terms [1, B, L]: log p(y_i | x, y_<i) up to and including the first end-of-text token, 0 after it.
+
+        Their sum is the log-probability with which `AutoregressiveDecoding` at temperature 1 draws the completion.
+        """
+        length = completion.shape[1]
+        scored = torch.arange(length, device=completion.device) <= policy.lengths(completion).unsqueeze(-1)
+        ids = torch.cat([prompts.ids, completion[:, :-1]], 1)  # the last token predicts nothing
+        select = F.pad(scored, (prompts.ids.shape[1], 0))
+        log_probs = policy(ids, prompts.attention(length - 1), select, token_log_probs, completion[scored])
+        return log_probs.new_zeros(scored.shape).masked_scatter(scored, log_probs) * masks.weight

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from espo_lightning import loss as losses
 from espo_lightning.checkpoint import make_reference
-from espo_lightning.likelihood import ELBO, Likelihood, score
+from espo_lightning.likelihood import ELBO, Likelihood
 from espo_lightning.masking import Masks, fold_in
 from espo_lightning.policy import Policy, Prompts
-from espo_lightning.sampler import Decoding, generate
+from espo_lightning.sampler import Decoder, Decoding
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.verdicts import judge, summarise
 
 # logged as NaN if no completion of a rollout had a gradient
-UPDATE_METRICS = ("loss", "log_ratio", "log_ratio_max", "clip_low", "clip_high", "kl", "elbo_per_token")
+UPDATE_METRICS = ("loss", "log_ratio", "log_ratio_max", "clip_low", "clip_high", "kl", "score_per_token")
 
 # purposes of random keys, folded into the seed
 DECODE, MASK, EVALUATE = range(3)
@@ -57,11 +57,12 @@ class ESPOModule(LightningModule):
     ``global_step`` counts updates, ``updates`` of them per training batch.
 
     Args:
-        policy: the policy to train, see `load_policy`.
-        decoding: how rollouts are decoded; validation uses the same at temperature 0.
+        policy: the policy to train, see `load_policy`; diffusion or causal.
+        decoding: how rollouts are decoded (`Decoding`, or `AutoregressiveDecoding` for a causal policy); validation
+            uses the same at temperature 0.
         group_size: completions per prompt (G).
         updates: inner updates per rollout (mu).
-        likelihood: how completions are scored: `ELBO`, `MeanField`, ...
+        likelihood: how completions are scored: `ELBO`, `MeanField`, ...; `Autoregressive` for a causal policy.
         ratio: `sequence_ratio` (ESPO) or `token_ratio` (GRPO-style).
         clip_range: eps of Eq. 7 as in the papers, after the exponent was divided by L; null with ``clip_nats``.
         clip_nats: the same in nats per sequence, L ln(1 + eps).
@@ -86,7 +87,7 @@ class ESPOModule(LightningModule):
     def __init__(
         self,
         policy: Policy,
-        decoding: Decoding = Decoding(),
+        decoding: Decoder = Decoding(),
         group_size: int = 8,
         updates: int = 2,
         likelihood: Likelihood = ELBO(),
@@ -122,15 +123,13 @@ class ESPOModule(LightningModule):
             raise ValueError("reference_sync has no effect with beta=0: there is no reference; set beta or drop it")
         if reference_sync is not None and policy.has_adapters:
             raise ValueError("reference_sync is not possible with adapters: the reference is the base without them")
-        if policy.mask_id is None:
-            raise ValueError(
-                "the policy is a causal model without a mask token: it cannot be trained as a diffusion LM"
-            )
+        likelihood.check(policy)
+        decoding.check(policy)
         if decoding.temperature == 0:
             raise ValueError("decoding.temperature is 0: the completions of a group would all be equal; set it above 0")
         self.automatic_optimization = False
         self.policy, self.decoding, self.likelihood = policy, decoding, likelihood
-        self.group_size, self.updates, self.fresh_masks = group_size, updates, fresh_masks
+        self.group_size, self.updates, self.fresh_masks = group_size, updates, fresh_masks and likelihood.random
         self.ratio, self.kl, self.beta, self.advantage = ratio, kl, beta, advantage
         length = decoding.length
         self.clip_range = losses.clip_range_of_nats(clip_nats, length) if clip_range is None else clip_range
@@ -171,7 +170,13 @@ class ESPOModule(LightningModule):
         batch = len(prompts.ids)
         index = self.global_rank * batch + torch.arange(batch, device=prompts.ids.device)  # global sample index
         keys = fold_in(fold_in(self.seed, self.rollouts).to(index.device), index)
-        return prompts, generate(self.policy, prompts, fold_in(keys, DECODE), self.decoding), keys
+        return prompts, self.generate(prompts, fold_in(keys, DECODE), self.decoding), keys
+
+    def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder) -> Tensor:
+        """Token ids [B, L]; all processes run equally many steps."""
+        return decoding.generate(
+            self.policy, prompts, keys, lambda more: self.trainer.strategy.reduce_boolean_decision(more, all=False)
+        )
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
@@ -199,7 +204,8 @@ class ESPOModule(LightningModule):
     @torch.no_grad()
     def score(self, policy, prompts: Prompts, completion: Tensor, masks: Masks) -> Tensor:
         """Terms [M, B, L] without gradient, in the same micro-batches as the updates."""
-        pieces = [score(policy, prompts.of(r), completion[r], masks.of(r)) for r in self.chunks(len(completion))]
+        terms = self.likelihood.terms
+        pieces = [terms(policy, prompts.of(r), completion[r], masks.of(r)) for r in self.chunks(len(completion))]
         return torch.cat(pieces, 1) if pieces else torch.zeros_like(masks.weight)
 
     def chunks(self, n: int) -> list[slice]:
@@ -248,7 +254,7 @@ class ESPOModule(LightningModule):
             "clip_low": s.clip_low.mean(),
             "clip_high": s.clip_high.mean(),
             "kl": s.kl.mean(),
-            "elbo_per_token": torch.cat([piece.terms for piece in pieces], 1).mean(),
+            "score_per_token": torch.cat([piece.terms for piece in pieces], 1).mean(),
         }
 
     def accumulate(self, rollout: Rollout, view: int, rows: slice, last: bool) -> "MicroBatch":
@@ -256,7 +262,7 @@ class ESPOModule(LightningModule):
         batch = rollout.prompts.of(rows), rollout.completion[rows]
         masks, old, ref = rollout.masks[view].of(rows), rollout.old[view], rollout.ref[view]
         with torch.set_grad_enabled(not self.view_by_view):
-            terms = score(self.policy, *batch, masks)
+            terms = self.likelihood.terms(self.policy, *batch, masks)
         leaf = terms.requires_grad_() if self.view_by_view else terms
         loss, statistics = losses.espo_loss(
             leaf,
@@ -276,7 +282,7 @@ class ESPOModule(LightningModule):
             views = masks.single_views()
             per_draw = len(views) // len(coefficient)
             parts = (
-                (coefficient[i // per_draw] * score(self.policy, *batch, single)).sum()
+                (coefficient[i // per_draw] * self.likelihood.terms(self.policy, *batch, single)).sum()
                 for i, single in enumerate(views)
             )
         # DDP reduces in every backward pass; only the last one needs it
@@ -312,13 +318,14 @@ class ESPOModule(LightningModule):
         rewards, tokens = rollout.rewards, rollout.rewards.numel() * self.decoding.length
         lengths = self.policy.lengths(rollout.completion).float()
         keys = sorted({key for v in rollout.verdicts for key in v} - {"reward"})
+        masks = {} if self.policy.causal else {"rollout/mask_tokens": (rollout.completion == self.policy.mask_id).sum()}
         means = {
+            **masks,
             "train/reward": rewards.mean(),
             "train/reward_std": rewards.std(-1).mean(),
             "train/zero_variance_groups": (rewards == rewards[:, :1]).all(-1).float().mean(),
             "rollout/length": lengths.mean(),
             "rollout/eos_rate": (lengths < self.decoding.length).float().mean(),
-            "rollout/mask_tokens": (rollout.completion == self.policy.mask_id).float().sum(),
             **{f"reward/{key}": sum(v.get(key, 0.0) for v in rollout.verdicts) / len(rollout.verdicts) for key in keys},
             **{f"time/{phase}": s for phase, s in seconds.items()},
             "speed/rollout_tokens_per_s": tokens / seconds["rollout"],
@@ -341,7 +348,7 @@ class ESPOModule(LightningModule):
         """Greedy completions of held-out problems."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
         keys = fold_in(EVALUATE, torch.zeros(len(problems), dtype=torch.int64, device=prompts.ids.device))
-        texts = self.policy.decode(generate(self.policy, prompts, keys, self.decoding.greedy))
+        texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
         self.verdicts += [judge(problem, text) for problem, text in zip(problems, texts)]
 
     def on_validation_epoch_end(self) -> None:

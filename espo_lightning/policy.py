@@ -4,7 +4,8 @@ LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden st
 What a checkpoint is, is read from its config and tokenizer, never from its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -126,29 +128,46 @@ class Policy(nn.Module):
         select: Tensor,
         reduce: Callable[..., Any],
         *columns: Tensor,
+        cache: Cache | None = None,
     ) -> Any:
         """Run the network and the head on the selected positions only.
 
         Args:
             ids: int64 [N, T].
-            attention: bool [N, T], True = attend to this key; None = to all.
+            attention: bool [N, T], True = attend to this key; None = to all. With a cache of C tokens, [N, C + T].
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
-                first if there is a shift.
+                first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
+            cache: keys and values of the C tokens before ``ids``, from `cache`; those of ``ids`` are appended.
 
         Returns:
             What ``reduce`` returns, for all n positions.
         """
         lm = self.language_model
-        rows = select.flatten().nonzero().squeeze(-1) - self.shift  # of the flattened hidden states [N T, d]
-        network = {"attention_mask": self._bias(attention), "use_cache": False}
+        select = select[:, self.shift :]
+        select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
+        rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
+        network = {"attention_mask": self._bias(attention), "past_key_values": cache, "use_cache": cache is not None}
         if self.selective:
             hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
         else:
             hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
         return apply_head(lm.lm_head, hidden, reduce, columns)
+
+    @contextmanager
+    def cache(self) -> Iterator[Cache]:
+        """An empty key-value cache for `forward`.
+
+        In eval mode meanwhile: under gradient checkpointing, train mode makes transformers drop the cache silently.
+        """
+        mode = self.training
+        self.eval()
+        try:
+            yield DynamicCache(config=self.language_model.config)
+        finally:
+            self.train(mode)
 
     def compile_network(self, backend: str) -> None:
         """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.

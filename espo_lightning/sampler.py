@@ -1,5 +1,6 @@
 """Decoding: from prompts to completions by iterated unmasking. Everything random is keyed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,9 +37,34 @@ def random_order(logits: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
     return u.float()
 
 
+class Decoder(ABC):
+    """How completions are decoded, and of which policies. length: canvas width L. temperature: 0 is greedy."""
+
+    length: int
+    temperature: float
+
+    @property
+    def greedy(self) -> "Decoder":
+        """The same at temperature 0."""
+        return replace(self, temperature=0.0)
+
+    @abstractmethod
+    def check(self, policy) -> None:
+        """Raise a ValueError if the policy cannot be decoded this way."""
+
+    @abstractmethod
+    def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
+        """Token ids [B, L] of completions with int64 keys [B]; each depends on its key and its prompt only.
+
+        Args:
+            agree: "does any process still need a step?", asked before every step whose need depends on the data, so
+                that all processes of a sharded policy run equally many forwards.
+        """
+
+
 @dataclass(frozen=True)
-class Decoding:
-    """How completions are decoded.
+class Decoding(Decoder):
+    """How a diffusion policy's completions are decoded.
 
     Args:
         length: canvas width L in tokens, a multiple of ``block_length``.
@@ -70,10 +96,15 @@ class Decoding:
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
 
-    @property
-    def greedy(self) -> "Decoding":
-        """The same at temperature 0."""
-        return replace(self, temperature=0.0)
+    def check(self, policy) -> None:
+        if policy.mask_id is None:
+            raise ValueError(
+                "the policy is a causal model, which cannot denoise: use decoding=AutoregressiveDecoding (with "
+                "likelihood=Autoregressive), or make it a diffusion policy by sft (load_policy with denoise: true)"
+            )
+
+    def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
+        return generate(policy, prompts, keys, self)
 
     @property
     def commits(self) -> list[list[int]]:

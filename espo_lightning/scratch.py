@@ -1,4 +1,4 @@
-"""Small policies from scratch: LLaDA's architecture with a character tokenizer."""
+"""Small policies from scratch: LLaDA's architecture, or a causal Llama, with a character tokenizer."""
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
@@ -35,7 +35,12 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_policy(
-    hidden_size: int = 96, layers: int = 4, heads: int = 4, intermediate_size: int = 256, seed: int = 0
+    hidden_size: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+    intermediate_size: int = 256,
+    seed: int = 0,
+    causal: bool = False,
 ) -> Policy:
     """A small masked diffusion LM of LLaDA's architecture with random weights and `character_tokenizer`.
 
@@ -45,8 +50,10 @@ def new_policy(
         heads: attention heads.
         intermediate_size: width of the gated MLP.
         seed: of the weights; no global generator is touched.
+        causal: an autoregressive Llama of the same size and weights instead, for controlled comparisons.
     """
     tokenizer = character_tokenizer()
+    masked = {"is_causal": False, "mask_token_id": tokenizer.mask_token_id, "logits_shift": 0}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -57,9 +64,7 @@ def new_policy(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        is_causal=False,
-        mask_token_id=tokenizer.mask_token_id,
-        logits_shift=0,
+        **({} if causal else masked),
     )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator; leave it as it was
         model = LlamaForCausalLM(config)
@@ -68,4 +73,5 @@ def new_policy(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, config.initializer_range, generator=generator)
-    return Policy(model, tokenizer, mask_id=tokenizer.mask_token_id)
+    facts = {"mask_id": None, "shift": 1} if causal else {"mask_id": tokenizer.mask_token_id}
+    return Policy(model, tokenizer, causal=causal, **facts)

@@ -1,4 +1,4 @@
-"""``python -m espo_lightning.sft``: supervised masked-diffusion training on a task's answers, with the same ELBO."""
+"""``python -m espo_lightning.sft``: supervised training on a task's answers, with the likelihoods of RL."""
 
 import torch
 from lightning.pytorch import LightningModule
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from espo_lightning.cli import TrainingCLI
 from espo_lightning.data import PromptDataModule
-from espo_lightning.likelihood import ELBO, Likelihood, score
+from espo_lightning.likelihood import ELBO, Likelihood
 from espo_lightning.masking import fold_in
 from espo_lightning.policy import Policy
 from espo_lightning.tasks.base import Problem
@@ -28,12 +28,13 @@ def encode_answers(policy: Policy, answers: list[str], length: int) -> Tensor:
 
 
 class SFTModule(LightningModule):
-    """Masked-diffusion supervised training: minimise -ELBO / L of the answers given their prompts.
+    """Supervised training: minimise -S / L of the answers given their prompts, S being their ELBO, or exact likelihood.
 
     Args:
-        policy: `load_policy` of a folder, or `new_policy` from scratch.
-        length: canvas width L in tokens.
-        likelihood: the ELBO estimator; masks are drawn fresh for every example.
+        policy: `load_policy` of a folder, or `new_policy` from scratch. With ``denoise: true``, a causal
+            checkpoint becomes a diffusion policy.
+        length: canvas width L in tokens. A causal policy learns to stop where an answer is shorter.
+        likelihood: the ELBO estimator, with masks drawn fresh for every example; `Autoregressive` for a causal policy.
         optimizer: any torch optimizer.
         warmup: share of the training in which the learning rate rises; it then falls to 0 along a cosine.
         max_prompt_length: longest prompt in tokens.
@@ -51,6 +52,7 @@ class SFTModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
+        likelihood.check(policy)
         self.policy, self.length, self.likelihood = policy, length, likelihood
         self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
 
@@ -59,7 +61,7 @@ class SFTModule(LightningModule):
         answers = encode_answers(self.policy, [p.answer for p in problems], self.length)
         index = self.global_rank * len(problems) + torch.arange(len(problems), device=answers.device)
         masks = self.likelihood.draw(fold_in(fold_in(self.seed, self.global_step).to(index.device), index), self.length)
-        loss = -score(self.policy, prompts, answers, masks).sum(-1).mean() / self.length
+        loss = -self.likelihood.terms(self.policy, prompts, answers, masks).sum(-1).mean() / self.length
         self.log("train/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)
         return loss
 

@@ -15,9 +15,11 @@ ALLOWED = {
     "policy": set(),
     "likelihood": {"masking"},
     "sampler": {"masking"},
+    "autoregressive": {"masking", "sampler"},
     "exact": {"masking"},
     "scratch": {"policy"},
-    "checkpoint": {"formats", "policy"},
+    "adaptation": set(),
+    "checkpoint": {"adaptation", "formats", "policy"},
     "verdicts": {"tasks"},
     "data": {"tasks"},
     "runs": set(),
@@ -54,7 +56,7 @@ def test_tasks_and_pure_modules_import_nothing_heavy():
     heavy = {"torch", "lightning", "transformers", "numpy", "peft"}
     for path in (PACKAGE / "tasks").glob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & heavy, path
-    for name in ("loss", "masking", "likelihood", "sampler"):
+    for name in ("loss", "masking", "likelihood", "sampler", "autoregressive", "adaptation"):
         roots = {found.split(".")[0] for found in imports(PACKAGE / f"{name}.py")}
         assert roots & heavy <= {"torch", "numpy"}, name
 
