@@ -171,7 +171,11 @@ class ESPOModule(LightningModule):
         batch = len(prompts.ids)
         index = self.global_rank * batch + torch.arange(batch, device=prompts.ids.device)  # global sample index
         keys = fold_in(fold_in(self.seed, self.rollouts).to(index.device), index)
-        return prompts, generate(self.policy, prompts, fold_in(keys, DECODE), self.decoding), keys
+        return prompts, generate(self.policy, prompts, fold_in(keys, DECODE), self.decoding, self.any_process), keys
+
+    def any_process(self, needs: bool) -> bool:
+        """Whether any process needs another forward pass, in which sharded policies then have all of them take part."""
+        return self.trainer.strategy.reduce_boolean_decision(needs, all=False)
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
@@ -341,7 +345,7 @@ class ESPOModule(LightningModule):
         """Greedy completions of held-out problems."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
         keys = fold_in(EVALUATE, torch.zeros(len(problems), dtype=torch.int64, device=prompts.ids.device))
-        texts = self.policy.decode(generate(self.policy, prompts, keys, self.decoding.greedy))
+        texts = self.policy.decode(generate(self.policy, prompts, keys, self.decoding.greedy, self.any_process))
         self.verdicts += [judge(problem, text) for problem, text in zip(problems, texts)]
 
     def on_validation_epoch_end(self) -> None:

@@ -4,7 +4,8 @@ LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden st
 What a checkpoint is, is read from its config and tokenizer, never from its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -113,6 +115,11 @@ class Policy(nn.Module):
         return torch.where(ends.any(-1), ends.int().argmax(-1), completion.shape[-1])
 
     @property
+    def eos_id(self) -> int:
+        """The end-of-text token that fills a canvas after its text, here and in supervised training."""
+        return self.tokenizer.eos_token_id
+
+    @property
     def eos_ids(self) -> set[int]:
         """Tokens that end a text: the tokenizer's and those that the config names."""
         named = self.config.eos_token_id
@@ -126,6 +133,7 @@ class Policy(nn.Module):
         select: Tensor,
         reduce: Callable[..., Any],
         *columns: Tensor,
+        prefix: "Prefix | None" = None,
     ) -> Any:
         """Run the network and the head on the selected positions only.
 
@@ -137,18 +145,32 @@ class Policy(nn.Module):
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
+            prefix: what `Policy.prefix` made. The first pass fills it; later ones compute only what follows it.
 
         Returns:
             What ``reduce`` returns, for all n positions.
         """
-        lm = self.language_model
+        lm, network = self.language_model, {"attention_mask": self._bias(attention), "use_cache": False}
+        if prefix is not None:
+            known, network["past_key_values"] = len(prefix), prefix.cache
+            ids, select = ids[:, known:], select[:, known:]
         rows = select.flatten().nonzero().squeeze(-1) - self.shift  # of the flattened hidden states [N T, d]
-        network = {"attention_mask": self._bias(attention), "use_cache": False}
-        if self.selective:
-            hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
-        else:
-            hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
+        with nullcontext() if prefix is None else prefix.filled(self):
+            if self.selective:
+                hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
+            else:
+                hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
         return apply_head(lm.lm_head, hidden, reduce, columns)
+
+    def prefix(self, start: int) -> "Prefix":
+        """An empty store for the keys and values of what precedes position ``start`` of prompt and canvas.
+
+        Raises:
+            ValueError: a model of another family, whose own code may ignore it.
+        """
+        if not self.selective:
+            raise ValueError("prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code: drop it")
+        return Prefix(start - self.shift)  # the hidden state before ``start`` is needed anew where it predicts
 
     def compile_network(self, backend: str) -> None:
         """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.
@@ -178,6 +200,41 @@ class Policy(nn.Module):
         # peft would otherwise ask the hub whether the embedding was resized
         self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapters else {}))
         self.tokenizer.save_pretrained(folder)
+
+
+class Prefix:
+    """Keys and values of the first ``width`` positions, from the first pass that it goes through.
+
+    In a bidirectional network they depend on everything that follows, so later passes are approximate.
+    """
+
+    def __init__(self, width: int):
+        self.width, self.cache = width, DynamicCache()
+
+    def __len__(self) -> int:
+        """Positions that are known: none, then all ``width``."""
+        return self.cache.get_seq_length()
+
+    @contextmanager
+    def filled(self, network: nn.Module) -> Iterator[None]:
+        """A pass of ``network`` that writes into the cache, which then forgets all but the prefix.
+
+        In train mode, a checkpointed layer would ignore the cache.
+        """
+        training = network.training
+        network.eval()
+        try:
+            yield
+        finally:
+            network.train(training)
+        if self.width:
+            self.cache.crop(self.width - len(self))
+        else:  # a cache without positions would still insist on its rows
+            self.cache = DynamicCache()
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, an index."""
+        self.cache.batch_select_indices(rows)
 
 
 def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:
