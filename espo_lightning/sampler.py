@@ -208,8 +208,8 @@ class Decoding:
         if self.order_temperature and self.order is random_order:
             raise ValueError("order_temperature has no effect with random_order: set it to 0, or take another order")
         plan = self.schedule(self.block_length, self.steps // blocks)
-        if sum(step.count for step in plan[:-1]) > self.block_length or plan[-1].count < 1:
-            raise ValueError(f"the schedule must end with what is left of {self.block_length} tokens, got {plan}")
+        if (sure := sum(step.count for step in plan)) < self.block_length:
+            raise ValueError(f"schedule must commit all {self.block_length} tokens of a block; only {sure} are sure")
         if any(step.bar < math.inf for step in plan) and self.order is not random_order:
             raise ValueError("origin_schedule commits each position with a given chance: it needs order=random_order")
         if self.threshold is not None:
