@@ -20,7 +20,19 @@ from espo_lightning.loss import (
 from espo_lightning.masking import Masks
 from espo_lightning.module import ESPOModule, Rollout
 from espo_lightning.policy import Policy, Prompts
-from espo_lightning.sampler import Decoder, Decoding, generate, low_confidence, random_order
+from espo_lightning.sampler import (
+    Decoder,
+    Decoding,
+    Step,
+    dream_schedule,
+    entropy_order,
+    even_schedule,
+    generate,
+    low_confidence,
+    margin_order,
+    origin_schedule,
+    random_order,
+)
 from espo_lightning.scratch import new_policy
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 
@@ -42,10 +54,14 @@ __all__ = [
     "Prompts",
     "QuadratureELBO",
     "Rollout",
+    "Step",
     "Sudoku",
     "Task",
     "TimeELBO",
+    "dream_schedule",
+    "entropy_order",
     "espo_loss",
+    "even_schedule",
     "generate",
     "k1",
     "k1_score",
@@ -55,8 +71,10 @@ __all__ = [
     "leave_one_out",
     "load_policy",
     "low_confidence",
+    "margin_order",
     "mean_centred",
     "new_policy",
+    "origin_schedule",
     "random_order",
     "score",
     "sequence_ratio",

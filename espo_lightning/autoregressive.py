@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.masking import uniform
-from espo_lightning.sampler import Decoder, sample_tokens
+from espo_lightning.sampler import Decoder, sample_tokens, warp
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,17 @@ def generate_left_to_right(
     noise = uniform(keys, length)
 
     def draw(logits: Tensor, u: Tensor) -> Tensor:
-        return sample_tokens(logits, decoding.temperature, u)
+        if decoding.temperature == 0:
+            return logits.argmax(-1)
+        return sample_tokens(warp(logits, decoding.temperature, top_p=1.0), u)
 
-    ids = prompts.ids
-    with policy.cache() as cache:
-        for i in range(length):
-            if not agree(bool(running.any())):
-                break
-            select = torch.zeros(batch, ids.shape[1] + 1, dtype=torch.bool, device=ids.device)
-            select[:, -1] = True
-            tokens = policy(ids, prompts.attention(i), select, draw, noise[:, i], cache=cache)
-            completion[:, i] = tokens.where(running, end)
-            running &= ~torch.isin(tokens, ends)
-            ids = completion[:, i : i + 1]
+    prefix = policy.prefix()
+    for i in range(length):
+        if not agree(bool(running.any())):
+            break
+        ids = torch.cat([prompts.ids, completion[:, :i]], 1)
+        select = F.pad(torch.zeros_like(ids, dtype=torch.bool), (0, 1), value=True)  # the token to come
+        tokens = policy(ids, prompts.attention(i), select, draw, noise[:, i], prefix=prefix)
+        completion[:, i] = tokens.where(running, end)
+        running &= ~torch.isin(tokens, ends)
     return completion

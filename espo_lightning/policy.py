@@ -5,7 +5,7 @@ What a checkpoint is, is read from its config and tokenizer, never from its name
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -115,6 +115,11 @@ class Policy(nn.Module):
         return torch.where(ends.any(-1), ends.int().argmax(-1), completion.shape[-1])
 
     @property
+    def eos_id(self) -> int:
+        """The end-of-text token that fills a canvas after its text, here and in supervised training."""
+        return self.tokenizer.eos_token_id
+
+    @property
     def eos_ids(self) -> set[int]:
         """Tokens that end a text: the tokenizer's and those that the config names."""
         named = self.config.eos_token_id
@@ -128,46 +133,48 @@ class Policy(nn.Module):
         select: Tensor,
         reduce: Callable[..., Any],
         *columns: Tensor,
-        cache: Cache | None = None,
+        prefix: "Prefix | None" = None,
     ) -> Any:
         """Run the network and the head on the selected positions only.
 
         Args:
             ids: int64 [N, T].
-            attention: bool [N, T], True = attend to this key; None = to all. With a cache of C tokens, [N, C + T].
+            attention: bool [N, T], True = attend to this key; None = to all.
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
                 first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
-            cache: keys and values of the C tokens before ``ids``, from `cache`; those of ``ids`` are appended.
+            prefix: what `Policy.prefix` made: what it knows of ``ids`` is not computed again.
 
         Returns:
             What ``reduce`` returns, for all n positions.
         """
         lm = self.language_model
+        network = {"attention_mask": self._bias(attention), "use_cache": prefix is not None}
+        if prefix is not None:
+            known, network["past_key_values"] = len(prefix), prefix.cache
+            ids, select = ids[:, known:], select[:, known:]
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
         rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
-        network = {"attention_mask": self._bias(attention), "past_key_values": cache, "use_cache": cache is not None}
-        if self.selective:
-            hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
-        else:
-            hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
+        with nullcontext() if prefix is None else prefix.filled(self):
+            if self.selective:
+                hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
+            else:
+                hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
         return apply_head(lm.lm_head, hidden, reduce, columns)
 
-    @contextmanager
-    def cache(self) -> Iterator[Cache]:
-        """An empty key-value cache for `forward`.
+    def prefix(self, start: int | None = None) -> "Prefix":
+        """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
 
-        In eval mode meanwhile: under gradient checkpointing, train mode makes transformers drop the cache silently.
+        Raises:
+            ValueError: a model of another family, whose own code may ignore it.
         """
-        mode = self.training
-        self.eval()
-        try:
-            yield DynamicCache(config=self.language_model.config)
-        finally:
-            self.train(mode)
+        if not self.selective:
+            raise ValueError("prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code: drop it")
+        # the hidden state before ``start`` is needed anew where it predicts
+        return Prefix(None if start is None else start - self.shift)
 
     def compile_network(self, backend: str) -> None:
         """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.
@@ -197,6 +204,47 @@ class Policy(nn.Module):
         # peft would otherwise ask the hub whether the embedding was resized
         self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapters else {}))
         self.tokenizer.save_pretrained(folder)
+
+
+class Prefix:
+    """Keys and values of positions that passed through the network once and are not computed again.
+
+    In a causal network that is exact. In a bidirectional one they depend on everything that follows, so that later
+    passes are approximate.
+
+    Args:
+        width: keep those of the first ``width`` positions, from the first pass; None = of all, from every pass.
+    """
+
+    def __init__(self, width: int | None):
+        self.width, self.cache = width, DynamicCache()
+
+    def __len__(self) -> int:
+        """Positions that are known."""
+        return self.cache.get_seq_length()
+
+    @contextmanager
+    def filled(self, network: nn.Module) -> Iterator[None]:
+        """A pass of ``network`` that writes into the cache, which then forgets all but the prefix.
+
+        In train mode, a checkpointed layer would ignore the cache.
+        """
+        training = network.training
+        network.eval()
+        try:
+            yield
+        finally:
+            network.train(training)
+        if self.width is None:
+            return
+        if self.width:
+            self.cache.crop(self.width - len(self))
+        else:  # a cache without positions would still insist on its rows
+            self.cache = DynamicCache()
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, an index."""
+        self.cache.batch_select_indices(rows)
 
 
 def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:

@@ -154,11 +154,11 @@ class Counting:
     def __init__(self, policy):
         self.policy, self.calls = policy, []
         self.mask_id, self.tokenizer, self.eos_ids = policy.mask_id, policy.tokenizer, policy.eos_ids
-        self.lengths, self.cache = policy.lengths, policy.cache
+        self.lengths, self.prefix = policy.lengths, policy.prefix
 
-    def __call__(self, ids, attention, select, reduce, *columns, **cache):
+    def __call__(self, ids, attention, select, reduce, *columns, **prefix):
         self.calls.append((tuple(ids.shape), int(select.sum())))
-        return self.policy(ids, attention, select, reduce, *columns, **cache)
+        return self.policy(ids, attention, select, reduce, *columns, **prefix)
 
 
 def test_one_forward_without_the_last_token_and_the_head_where_a_token_is_scored():
@@ -241,7 +241,8 @@ def naive(policy, prompts: Prompts, keys: torch.Tensor, decoding: Autoregressive
             token = EOS
             if EOS not in completion:
                 logits = policy.model(torch.cat([ids, torch.tensor([completion], dtype=torch.int64)], 1)).logits[:, -1]
-                token = int(sample_tokens(logits, decoding.temperature, u[None]))
+                greedy = decoding.temperature == 0
+                token = int(logits.argmax() if greedy else sample_tokens(logits / decoding.temperature, u[None]))
             completion.append(token)
         rows.append(completion)
     return torch.tensor(rows)

@@ -16,6 +16,7 @@ from espo_lightning import (
     Policy,
     Prompts,
     espo_loss,
+    even_schedule,
     generate,
     k1_score,
     k2,
@@ -266,7 +267,7 @@ def test_greedy_trajectories(decoder, case):
     ours = generate(recorder, prompts, torch.arange(len(prompts.ids)), decoding)
     theirs = torch.tensor([*case["states"], case["final"]])
     left = (theirs[:, :, -case["length"] :] == MASK).sum(-1)
-    assert (left[:-1] - left[1:] == torch.tensor(decoding.commits[0]).unsqueeze(1)).all()
+    assert (left[:-1] - left[1:] == torch.tensor([step.count for step in decoding.plan]).unsqueeze(1)).all()
     assert len(recorder.canvases) == len(case["states"]) == case["steps"]
     for step, (mine, state) in enumerate(zip(recorder.canvases, case["states"])):
         assert mine.tolist() == state, f"step {step}"
@@ -277,7 +278,7 @@ def test_greedy_trajectories(decoder, case):
 def test_commits_per_step(case):
     for masked, theirs in zip(case["masked"], case["official"]):
         if 1 <= case["steps"] <= masked:
-            assert Decoding(masked, masked, case["steps"]).commits == [theirs]
+            assert [step.count for step in even_schedule(masked, case["steps"])] == theirs
         elif masked:  # their schedule has steps that commit nothing; here that is an error
             assert 0 in theirs
             with pytest.raises(ValueError, match="steps must be"):

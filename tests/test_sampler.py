@@ -9,18 +9,32 @@ import numpy as np
 import pytest
 import torch
 
-from espo_lightning import Decoding, Prompts, generate, low_confidence, new_policy, random_order
+from espo_lightning import (
+    Decoding,
+    Prompts,
+    Step,
+    dream_schedule,
+    entropy_order,
+    even_schedule,
+    generate,
+    low_confidence,
+    margin_order,
+    new_policy,
+    origin_schedule,
+    random_order,
+)
 from espo_lightning.exact import TabularPolicy
 from espo_lightning.masking import fold_in, uniform
-from espo_lightning.sampler import sample_tokens
+from espo_lightning.sampler import perturb, sample_tokens, warp
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 BELOW_ONE = 1 - 2.0**-53  # the largest number that `uniform` returns
 
 
-def sample(logits, temperature, u, forbidden):
-    """`sample_tokens` as `generate` calls it, with one token forbidden."""
-    return sample_tokens(logits.index_fill(-1, torch.tensor(forbidden), float("-inf")), temperature, u)
+def sample(logits, temperature, u, forbidden, top_p=1.0):
+    """A proposal as `generate` makes it, with one token forbidden."""
+    warped = warp(logits.index_fill(-1, torch.tensor(forbidden), float("-inf")), temperature, top_p)
+    return sample_tokens(warped, u) if temperature else warped.argmax(-1)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -66,12 +80,15 @@ class Recorder:
     """A policy that notes every canvas and selection it is called with."""
 
     def __init__(self, policy):
-        self.policy, self.mask_id, self.canvases, self.selections = policy, policy.mask_id, [], []
+        self.policy, self.canvases, self.selections = policy, [], []
 
-    def __call__(self, ids, attention, select, reduce, *columns):
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def __call__(self, ids, attention, select, reduce, *columns, **prefix):
         self.canvases.append(ids.clone())
         self.selections.append(select.clone())
-        return self.policy(ids, attention, select, reduce, *columns)
+        return self.policy(ids, attention, select, reduce, *columns, **prefix)
 
 
 class Constant:
@@ -102,20 +119,35 @@ class Constant:
     ],
 )
 def test_commits(length, block, steps, per_block):
-    assert Decoding(length, block, steps).commits == [per_block] * (length // block)
+    decoding = Decoding(length, block, steps)
+    assert decoding.blocks == length // block
+    assert decoding.plan == [Step(count) for count in per_block]
 
 
-def test_commits_fill_every_block_evenly_with_the_remainder_first():
-    for block, blocks in itertools.product(range(1, 13), range(1, 5)):
-        for steps in range(1, block + 1):
-            commits = Decoding(block * blocks, block, steps * blocks).commits
-            assert len(commits) == blocks
-            for row in commits:
-                assert len(row) == steps
-                assert sum(row) == block
-                assert min(row) >= 1
-                assert max(row) - min(row) <= 1
-                assert row == sorted(row, reverse=True)
+def test_even_schedule_fills_a_block_evenly_with_the_remainder_first():
+    for tokens in range(1, 13):
+        for steps in range(1, tokens + 1):
+            counts = [step.count for step in even_schedule(tokens, steps)]
+            assert len(counts) == steps
+            assert sum(counts) == tokens
+            assert min(counts) >= 1
+            assert max(counts) - min(counts) <= 1
+            assert counts == sorted(counts, reverse=True)
+
+
+def test_dream_schedule_by_hand():
+    """t = 1, 0.75025, 0.5005, 0.25075, 0.001: 8 * 0.24975 = 1.998, 7 * 0.3329 = 2.33, 5 * 0.499 = 2.495, the rest."""
+    assert [step.count for step in dream_schedule(8, 4)] == [1, 2, 2, 3]
+    assert [step.count for step in dream_schedule(5, 1)] == [5]
+    counts = [step.count for step in dream_schedule(256, 256)]
+    assert (counts[0], counts[-1], sum(counts), len(counts)) == (0, 2, 256, 256)
+
+
+def test_origin_schedule_by_hand():
+    plan = origin_schedule(8, 4)
+    assert plan[-1] == Step(8)
+    assert [step.count for step in plan[:-1]] == [0, 0, 0]
+    assert [step.bar for step in plan[:-1]] == pytest.approx([0.75025, 0.667111, 0.500999], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +164,19 @@ def test_commits_fill_every_block_evenly_with_the_remainder_first():
         ({"block_length": 4, "steps": 2}, "between 4 and 16; got 2"),
         ({"length": -16, "block_length": 4}, "-16"),
         ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
+        ({"top_p": 0.0}, "top_p must be above 0 .* got 0.0"),
+        ({"top_p": 1.1}, "top_p must be .* got 1.1"),
+        ({"order_temperature": -1.0}, "order_temperature must be 0 .* got -1.0"),
+        ({"order_temperature": 0.5, "order": random_order}, "no effect with random_order"),
+        ({"schedule": lambda tokens, steps: [Step(2), Step(3, bar=0.5)]}, "all 16 tokens .* only 5 are sure"),
+        ({"schedule": origin_schedule}, "needs order=random_order"),
+        ({"threshold": 0.0}, "threshold must be a probability .* got 0.0"),
+        ({"threshold": 1.0}, "threshold must be a probability .* got 1.0"),
+        ({"threshold": 0.9, "order": entropy_order}, "threshold .* needs order=low_confidence"),
+        ({"threshold": 0.9, "order_temperature": 0.1}, "threshold .* needs"),
+        ({"threshold": 0.9, "schedule": dream_schedule}, "threshold .* needs"),
+        ({"prefix_cache": True, "steps": 1}, "prefix_cache has no effect with one step per block"),
+        ({"prefix_cache": True, "block_length": 4, "steps": 4}, "prefix_cache has no effect"),
     ],
 )
 def test_contradictory_settings_raise(changes, message):
@@ -139,9 +184,11 @@ def test_contradictory_settings_raise(changes, message):
         Decoding(**changes)
 
 
-def test_greedy_changes_the_temperature_only():
+def test_greedy_changes_the_temperatures_only():
     decoding = Decoding(8, 4, 4, 0.7, random_order)
     assert decoding.greedy == Decoding(8, 4, 4, 0.0, random_order)
+    dream = Decoding(8, 4, 4, 0.7, entropy_order, 0.9, 0.5, dream_schedule, early_stop=True)
+    assert dream.greedy == Decoding(8, 4, 4, 0.0, entropy_order, 0.9, 0.0, dream_schedule, early_stop=True)
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -202,6 +249,51 @@ def test_extreme_points_of_large_vocabularies_are_tokens_of_positive_probability
         assert (token < vocabulary // 2) == (u < 0.5)
 
 
+def test_a_sum_that_falls_by_rounding_draws_no_impossible_token(monkeypatch):
+    """As parallel sums may on a GPU: here each partial sum is off by up to 1e-3, so that it falls between zeros."""
+    logits = torch.full((1, 2000), -math.inf)
+    logits[0, ::50] = 0.0
+    exact = torch.Tensor.cumsum
+    noise = (torch.rand(2000, generator=rng(5)) - 0.5) * 2e-3
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: exact(x, dim) + noise)
+    points = torch.linspace(0, 1, 10_001, dtype=torch.float64).clamp(max=BELOW_ONE)
+    tokens = sample_tokens(logits.expand(len(points), -1), points)
+    assert (tokens % 50 == 0).all()
+    assert len(tokens.unique()) == 40
+
+
+def nucleus(probabilities: list[float], top_p: float) -> list[float]:
+    """The nucleus of one row, as a law."""
+    kept, total = set(), 0.0
+    for token in sorted(range(len(probabilities)), key=lambda v: -probabilities[v]):
+        if total <= top_p:
+            kept.add(token)
+        total += probabilities[token]
+    total = sum(probabilities[v] for v in kept)
+    return [p / total if v in kept else 0.0 for v, p in enumerate(probabilities)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.6), (0.5, 0.9), (2.0, 0.5), (1.3, 0.999)])
+def test_top_p_keeps_the_nucleus_after_the_temperature(temperature, top_p):
+    logits = torch.randn((1, 12), generator=rng(7)) * 2
+    law = [*nucleus((logits[0, :-1] / temperature).softmax(-1).tolist(), top_p), 0.0]
+    assert (law.count(0.0) == 1) == (top_p == 0.999)
+    u = uniform(fold_in(21, 0), 20_000)
+    tokens = sample(logits.expand(len(u), -1), temperature, u, 11, top_p)
+    assert_law(tokens.bincount(minlength=12), torch.tensor(law))
+
+
+def test_positions_are_drawn_without_replacement():
+    """Dream's alg_temp: the two first of `perturb` are two draws without replacement from softmax(priority / T)."""
+    priority, temperature, n = torch.tensor([0.3, -0.2, 0.9, 0.0]), 0.7, 40_000
+    u = uniform(fold_in(22, torch.arange(n)), 4)
+    first, second = perturb(priority.expand(n, -1), temperature, u).topk(2).indices.unbind(-1)
+    p = (priority / temperature).softmax(-1)
+    law = torch.stack([p[i] * p[j] / (1 - p[i]) if i != j else p[0] * 0 for i in range(4) for j in range(4)])
+    assert_law((first * 4 + second).bincount(minlength=16), law)
+    assert perturb(priority, temperature, torch.zeros(4)).isfinite().all()
+
+
 def test_a_higher_point_never_gives_an_earlier_token_and_points_are_quantiles():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     points = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, 0.99], dtype=torch.float64)
@@ -244,6 +336,12 @@ SETTINGS = [
     Decoding(16, 8, 6, 0.5),
     Decoding(16, 4, 8, 2.0, random_order),
     Decoding(16, 16, 4, 0.0),
+    Decoding(16, 16, 8, 0.7, entropy_order, 0.9, 0.1, dream_schedule),
+    Decoding(16, 8, 8, 1.0, margin_order, 0.8),
+    Decoding(16, 8, 8, 1.0, random_order, schedule=origin_schedule),
+    Decoding(16, 8, 16, 0.7, threshold=0.5),
+    Decoding(16, 4, 8, prefix_cache=True),
+    Decoding(16, 4, 16, 0.7, threshold=0.5, early_stop=True, prefix_cache=True),
 ]
 
 
@@ -307,7 +405,8 @@ def test_prompts_and_global_generators_are_not_touched(policy, decoding):
     assert not completion.requires_grad
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     assert all(torch.equal(a, b) for a, b in zip((prompts.ids, prompts.mask, keys), before))
-    assert all(torch.equal(canvas[:, :5], before[0]) for canvas in recorder.canvases)
+    seen = {tuple(row) for canvas in recorder.canvases for row in canvas[:, :5].tolist()}
+    assert seen == {tuple(row) for row in before[0].tolist()}
 
 
 # ---- steps and blocks -----------------------------------------------------------------------------------------------
@@ -325,9 +424,9 @@ def test_blocks_are_filled_from_the_left_as_scheduled(policy, decoding):
     assert len(canvases) == decoding.steps  # one call of the policy per step
     assert (canvases[0] == policy.mask_id).all()
     step = 0
-    for block, commits in enumerate(decoding.commits):
+    for block in range(decoding.blocks):
         start, end = block * decoding.block_length, (block + 1) * decoding.block_length
-        for commit in commits:
+        for commit, _ in decoding.plan:
             now, then = canvases[step], [*canvases, final][step + 1]
             masked = now == policy.mask_id
             assert not masked[:, :start].any()  # earlier blocks are complete
