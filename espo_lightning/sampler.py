@@ -60,9 +60,10 @@ def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
     # strictly below the total, so that the search ends inside the row
     point = torch.minimum(u.float().unsqueeze(-1) * total, total * (1 - 2**-23))
     token = torch.searchsorted(cdf, point, right=True)
-    # a parallel sum (CUDA) may rise by rounding where nothing is added
     impossible = probabilities.gather(-1, token) == 0
-    return torch.where(impossible, probabilities.argmax(-1, keepdim=True), token).squeeze(-1)
+    if impossible.any():  # a parallel sum (CUDA) may rise by rounding where nothing is added
+        token = torch.where(impossible, probabilities.argmax(-1, keepdim=True), token)
+    return token.squeeze(-1)
 
 
 # ---- orders: (logits [n, V], warped logits [n, V], proposed tokens [n], uniforms [n]) -> priorities [n] --------------
@@ -141,8 +142,9 @@ def commit(hidden: Tensor, priority: Tensor, step: Step) -> Tensor:
 
     Among equal priorities the left one comes first.
     """
+    finite = torch.finfo(priority.dtype)
     scores = priority.new_full(hidden.shape, float("-inf"))
-    scores.masked_scatter_(hidden, priority.clamp(min=torch.finfo(priority.dtype).min))  # above what is not hidden
+    scores.masked_scatter_(hidden, priority.clamp(finite.min, finite.max))  # above what is not hidden, below no bar
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return hidden & ((rank < step.count) | (scores >= step.bar))
 

@@ -42,7 +42,7 @@ def policy(request):
 def countdown():
     """The bundled policy and sixteen padded prompts, four completions each."""
     policy = load_policy("bundled:countdown")
-    prompts = policy.encode([Countdown(3, 10, 50).problem("test", 0, i).prompt for i in range(16)])
+    prompts = policy.encode([Countdown(largest=10, largest_target=50).problem("test", 0, i).prompt for i in range(16)])
     return policy, prompts.repeat_each(4)
 
 
@@ -247,6 +247,43 @@ def test_decoders_sample_their_exact_laws(decoding, commits):
     assert_law(*cells)
 
 
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def test_every_option_has_an_effect(policy):
+    base = {"length": 12, "block_length": 6, "steps": 6, "temperature": 0.7}
+    changes = [
+        {},
+        {"order": random_order},
+        {"order": entropy_order},
+        {"order": margin_order},
+        {"order": random_order, "schedule": origin_schedule},
+        {"schedule": dream_schedule},
+        {"top_p": 0.5},
+        {"order_temperature": 0.3},
+        {"threshold": 0.2},
+        {"prefix_cache": True},
+    ]
+    prompts, keys = some_prompts(8), keys_of(15, 8)
+    results = [generate(policy, prompts, keys, Decoding(**base | change)) for change in changes]
+    same = [pair for pair in itertools.combinations(range(len(changes)), 2) if torch.equal(*(results[i] for i in pair))]
+    assert same == []
+
+
+@pytest.mark.parametrize("priority", [0.0, -math.inf, math.inf, math.nan])
+def test_equal_priorities_are_committed_from_the_left(policy, priority):
+    """Whatever the number: nothing but the order may depend on it."""
+    recorder, prompts = Recorder(policy), some_prompts(3)
+
+    def order(logits, warped, tokens, u):
+        return torch.full_like(tokens, priority, dtype=torch.float32)
+
+    final = generate(recorder, prompts, keys_of(16, 3), Decoding(6, 3, 4, order=order))
+    hidden = [(canvas[:, 5:] == policy.mask_id).tolist() for canvas in recorder.canvases]
+    assert hidden == [[[False] * n + [True] * (6 - n)] * 3 for n in (0, 2, 3, 5)]
+    assert (final != policy.mask_id).all()
+
+
 # ---- threshold ------------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +364,7 @@ def early(decoding: Decoding) -> Decoding:
 
 @pytest.mark.parametrize("decoding", EARLY, ids=range(len(EARLY)))
 def test_early_stop_keeps_every_text_and_saves_passes(countdown, decoding):
-    """Texts end after some eight of sixteen tokens. The canvas behind them may differ, and only there."""
+    """Texts end after some six of sixteen tokens. The canvas behind them may differ, and only there."""
     policy, prompts = countdown
     keys = keys_of(4, len(prompts.ids))
     full, short = Recorder(policy), Recorder(policy)
