@@ -149,16 +149,17 @@ def test_every_end_of_text_token_ends_a_completion():
 
 
 class Counting:
-    """A policy that notes the shapes of its calls and how many positions the head ran on."""
+    """A policy that notes the rows and columns that its calls compute, and on how many positions the head ran."""
 
     def __init__(self, policy):
         self.policy, self.calls = policy, []
         self.mask_id, self.tokenizer, self.eos_ids = policy.mask_id, policy.tokenizer, policy.eos_ids
         self.lengths, self.prefix = policy.lengths, policy.prefix
 
-    def __call__(self, ids, attention, select, reduce, *columns, **prefix):
-        self.calls.append((tuple(ids.shape), int(select.sum())))
-        return self.policy(ids, attention, select, reduce, *columns, **prefix)
+    def __call__(self, ids, attention, select, reduce, *columns, prefix=None):
+        known = 0 if prefix is None else len(prefix)
+        self.calls.append(((len(ids), ids.shape[1] - known), int(select.sum())))
+        return self.policy(ids, attention, select, reduce, *columns, prefix=prefix)
 
 
 def test_one_forward_without_the_last_token_and_the_head_where_a_token_is_scored():

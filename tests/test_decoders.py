@@ -376,7 +376,8 @@ def test_early_stop_keeps_every_text_and_saves_passes(countdown, decoding):
     text = torch.arange(16) <= lengths.unsqueeze(1)  # with the first end-of-text token
     assert torch.equal(stopped[text], whole[text])
     rows = [sum(len(canvas) for canvas in recorder.canvases) for recorder in (full, short)]
-    assert rows[1] < rows[0]
+    # in one block this policy is surest of the end-of-text tail and commits it first: then there is nothing to save
+    assert rows[1] == rows[0] if decoding is EARLY[0] else rows[1] < rows[0]
 
 
 def test_early_stop_changes_canvases_behind_the_text():
@@ -636,7 +637,7 @@ def test_one_name_is_enough_on_the_command_line(capsys):
     with pytest.raises(SystemExit) as done:
         command.main([*flags, "--print_config"])
     assert done.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["model"]["decoding"]
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["decoding"]["init_args"]
     assert {key: printed[key].rsplit(".", 1)[1] for key in names} == names
     assert (printed["top_p"], printed["early_stop"]) == (0.9, True)
 
