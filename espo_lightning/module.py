@@ -318,14 +318,14 @@ class ESPOModule(LightningModule):
         rewards, tokens = rollout.rewards, rollout.rewards.numel() * self.decoding.length
         lengths = self.policy.lengths(rollout.completion).float()
         keys = sorted({key for v in rollout.verdicts for key in v} - {"reward"})
-        masks = {} if self.policy.causal else {"rollout/mask_tokens": (rollout.completion == self.policy.mask_id).sum()}
+        left = {} if self.policy.causal else {"rollout/mask_tokens": (rollout.completion == self.policy.mask_id).sum()}
         means = {
-            **masks,
             "train/reward": rewards.mean(),
             "train/reward_std": rewards.std(-1).mean(),
             "train/zero_variance_groups": (rewards == rewards[:, :1]).all(-1).float().mean(),
             "rollout/length": lengths.mean(),
             "rollout/eos_rate": (lengths < self.decoding.length).float().mean(),
+            **left,
             **{f"reward/{key}": sum(v.get(key, 0.0) for v in rollout.verdicts) / len(rollout.verdicts) for key in keys},
             **{f"time/{phase}": s for phase, s in seconds.items()},
             "speed/rollout_tokens_per_s": tokens / seconds["rollout"],
