@@ -19,6 +19,8 @@ ALLOWED = {
     "scratch": {"policy"},
     "checkpoint": {"formats", "policy"},
     "verdicts": {"tasks"},
+    "flops": {"masking", "policy", "sampler"},
+    "cost": {"checkpoint", "cli", "flops", "formats", "likelihood", "masking", "policy", "sampler"},
     "data": {"tasks"},
     "runs": set(),
     "cli": {"runs"},
