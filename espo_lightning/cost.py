@@ -23,7 +23,7 @@ from espo_lightning.policy import HEAD_BYTES
 from espo_lightning.sampler import Decoding
 
 BF16, FP32 = 2, 4  # bytes
-SAMPLES = 1024  # completions whose masks are drawn, to average how many positions are hidden
+SAMPLES = 4096  # completions whose masks are drawn, to average how many positions are hidden
 LOGIT_COPIES = 4  # of a chunk of logits, in units of float32: themselves, bfloat16 twice, softmax, its gradient
 KNOWN = {"GSAI-ML/LLaDA-8B-Instruct": LLADA_8B, "Dream-org/Dream-v0-Instruct-7B": DREAM_7B}
 
@@ -225,9 +225,12 @@ def cost(
     def expected() -> Work:
         """The mean over many draws of the masks."""
         options = {"updates": updates, "reference": beta != 0, "micro_batch": micro_batch, "view_by_view": view_by_view}
-        repeats, sets = math.ceil(SAMPLES / completions), updates if fresh_masks else 1
-        keys = fold_in(torch.arange(repeats).unsqueeze(-1), torch.arange(completions))
-        sampled = [work(rollout, [likelihood.draw(k, decoding.length)] * sets, **options) for k in keys]
+        sets = torch.arange(updates if fresh_masks else 1).unsqueeze(-1)
+        repeats = math.ceil(SAMPLES / completions / len(sets))
+        sampled = []
+        for i in range(repeats):
+            keys = fold_in(fold_in(i, sets), torch.arange(completions))
+            sampled.append(work(rollout, [likelihood.draw(k, decoding.length) for k in keys], **options))
         return Work(*(sum(phase, rollout * 0) * (1 / repeats) for phase in zip(*sampled)))
 
     w, draws = expected(), getattr(likelihood, "draws", 1)
@@ -240,6 +243,7 @@ def cost(
         stored = BF16 if dtype == "bfloat16" else FP32
         held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, **shared)
         speed = hardware.tflops * 1e12 * hardware.utilisation
+        times = {"computing": {phase: n / speed for phase, n in spent.items()}, "collectives": seconds}
         columns.append(
             {
                 "completions per rollout": {"": n * completions},
@@ -249,8 +253,9 @@ def cost(
                     "2ND(T + 10 mu M)": paper * (decoding.steps + 10 * updates * draws) / 1e15,
                 },
                 "GB received per GPU": in_units(size, 1e9),
-                "seconds of computing": in_units(spent, speed),
-                "seconds of collectives": in_units(seconds, 1),
+                "seconds": {
+                    f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()
+                },
                 "FLOP per byte": {
                     "of weights, in the rollout": spent["rollout"] / (BF16 * network.parameters * w.rollout.calls),
                     "received, in the rollout": spent["rollout"] / size["rollout"] if size["rollout"] else None,
@@ -264,6 +269,12 @@ def cost(
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def merge_scores(phases: dict[str, float]) -> dict[str, float]:
+    """Old and reference scores as one phase, as ``time/score`` of a run."""
+    scores = phases["old scores"] + phases["reference"]
+    return {"rollout": phases["rollout"], "scores": scores, "updates": phases["updates"]}
 
 
 def in_units(values: dict[str, float], unit: float) -> dict[str, float]:

@@ -72,26 +72,27 @@ def write_sharded(weights: dict, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write(folder: Path, kind: str) -> Path:
+def write(folder: Path, kind: str, layers: int = 2) -> Path:
     """A checkpoint of random weights in the form in which its authors publish it."""
+    size = SIZE | {"num_hidden_layers": layers}
     folder.mkdir(parents=True)
     write_tokenizer(folder)
     if kind.startswith("llada"):
         kv, tied = (2, False) if "gqa" in kind else (4, kind == "llada_tied")
-        model = random_model(LlamaConfig(**SIZE, num_key_value_heads=kv, tie_word_embeddings=tied))
+        model = random_model(LlamaConfig(**size, num_key_value_heads=kv, tie_word_embeddings=tied))
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         for pattern, theirs in TO_LLADA:
             weights = {re.sub(pattern, theirs, key): tensor for key, tensor in weights.items()}
         (write_sharded if "sharded" in kind else lambda w, f: save_file(w, f / "model.safetensors"))(weights, folder)
         # the embedding may have more rows than vocab_size says, as in LLaDA-8B-Base
-        config = LLADA | {"n_kv_heads": kv, "weight_tying": tied, "vocab_size": VOCABULARY - 1}
+        config = LLADA | {"n_kv_heads": kv, "weight_tying": tied, "vocab_size": VOCABULARY - 1, "n_layers": layers}
         config |= {"auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}, "use_cache": False, "rope": True}
     else:
         classes = {"llama": LlamaConfig, "qwen3": Qwen3Config}
         tied = {"tie_word_embeddings": True} if kind == "qwen2" else {}
         head = {"head_dim": 16} if "qwen3" in kind else {}
         cls = classes.get(kind.removesuffix("_masked"), Qwen2Config)
-        random_model(cls(**SIZE, num_key_value_heads=2, **tied, **head)).save_pretrained(folder)
+        random_model(cls(**size, num_key_value_heads=2, **tied, **head)).save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         if kind == "dream":
             config |= {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": MASK}

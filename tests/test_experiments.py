@@ -78,9 +78,9 @@ def run(names: list[str], local: Path, folder: Path, monkeypatch) -> dict:
     block = 4 if model == "llada" else 8
     sizes = ["--model.decoding.length=8", f"--model.decoding.block_length={block}", "--model.decoding.steps=4"]
     lora = [] if task == "code" else ["--model.policy.init_args.lora.rank=4"]
-    long = ["--model.max_prompt_length=2000", "--trainer.devices=1", "--trainer.strategy=auto", "--model.updates=2"]
-    policy = [f"--model.policy.init_args.path={local / model}", *lora]
-    fit.main([*config(*names), "--run_dir=run", *SMALL_FIT, *policy, *rows, *sizes, *long])
+    machine = [] if names[-1] in MACHINES else ["--trainer.devices=1", "--trainer.strategy=auto"]
+    other = ["--model.max_prompt_length=2000", "--model.updates=2", f"--model.policy.init_args.path={local / model}"]
+    fit.main([*config(*names), "--run_dir=run", *SMALL_FIT, *rows, *sizes, *lora, *machine, *other])
     return json.loads((folder / "run" / "summary.json").read_text())
 
 
