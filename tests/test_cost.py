@@ -89,6 +89,7 @@ CASES = {
     "not coupled": {"likelihood": ELBO(coupled=False)},
     "mean field": {"likelihood": MeanField()},
     "no reference": {"beta": 0.0},
+    "one block": {"decoding": Decoding(length=16, block_length=16, steps=4)},
     "masks once": {"fresh_masks": False, "updates": 3},
     "micro-batches": {"micro_batch": 3},
     "view by view": {"view_by_view": True, "micro_batch": 3, "likelihood": ELBO(draws=2)},
@@ -119,14 +120,14 @@ def test_flops_and_calls_are_those_of_a_real_step(checkpoints, monkeypatch, tmp_
     )
     folder = checkpoints[kind]
     policy = load_policy(folder, lora=lora, gradient_checkpointing=checkpointing)
-    module = Measured(policy, decoding=DECODING, group_size=4, skip_equal_groups=False, **case)
+    module = Measured(policy, **{"decoding": DECODING, "group_size": 4, "skip_equal_groups": False} | case)
     fit(module, batches=1, folder=tmp_path)
     assert ATTENTION.keys() & module.kernels  # the counter has seen attention
 
     rollout, network, rank = module.last_rollout, read_network(str(folder)), RANK if lora else 0
     completions, width = len(rollout.completion), rollout.prompts.ids.shape[1] + DECODING.length
     expected = work(
-        decoding_passes(DECODING, completions, width),
+        decoding_passes(module.decoding, completions, width),
         rollout.masks,
         updates=module.updates,
         reference=module.beta != 0,
