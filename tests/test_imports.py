@@ -21,6 +21,8 @@ ALLOWED = {
     "adaptation": set(),
     "checkpoint": {"adaptation", "formats", "policy"},
     "verdicts": {"tasks"},
+    "flops": {"masking", "policy", "sampler"},
+    "cost": {"checkpoint", "cli", "flops", "formats", "likelihood", "masking", "policy", "sampler"},
     "data": {"tasks"},
     "runs": set(),
     "cli": {"runs"},

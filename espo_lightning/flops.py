@@ -1,0 +1,208 @@
+"""FLOPs of a rollout and its updates, from the shape of a network and the passes that `ESPOModule` makes. Pure.
+
+Counted as `torch.utils.flop_counter` does: 2 m n k for every matrix product, attention included, nothing for what is
+done element by element. Exact for this library: the last layer's MLP and the head run where a token is predicted,
+half-passes with nothing hidden do not run, the first update's own terms are its old scores, the reference is scored
+once per mask set. docs/scaling.md has the same as equations.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from espo_lightning.masking import Masks
+from espo_lightning.policy import HEAD_BYTES
+from espo_lightning.sampler import Decoding
+
+
+@dataclass(frozen=True)
+class Network:
+    """The shape of a Llama-like network; the names are those of transformers' configs."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    qkv_bias: bool = False
+    tied: bool = False
+
+    @property
+    def attention(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of q_proj, k_proj, v_proj and o_proj."""
+        h, q, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [(h, q), (h, kv), (h, kv), (q, h)]
+
+    @property
+    def mlp(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of gate_proj, up_proj and down_proj."""
+        h, f = self.hidden_size, self.intermediate_size
+        return [(h, f), (h, f), (f, h)]
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        linears = self.attention + self.mlp
+        bias = sum(n for _, n in self.attention[:3]) if self.qkv_bias else 0
+        return sum(m * n for m, n in linears) + bias + 2 * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All parameters (N)."""
+        embeddings = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        return self.layers * self.layer_parameters + embeddings + self.hidden_size
+
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA adapters on all seven linear layers, as in `LoRA`."""
+        return self.layers * rank * sum(m + n for m, n in self.attention + self.mlp)
+
+
+# their config.json on the hub; Dream's is that of Qwen2.5-7B, from which it was initialised
+LLADA_8B = Network(4096, 32, 32, 32, 128, 12288, 126464)
+DREAM_7B = Network(3584, 28, 28, 4, 128, 18944, 152064, qkv_bias=True)
+
+
+# ---- passes: what runs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Some forward passes of one width.
+
+    calls: of the network. rows: sequences in all of them. width: tokens of a sequence, P + L. positions: where a token
+    is predicted, in all of them. Averages need not be whole numbers.
+    """
+
+    calls: float
+    rows: float
+    width: int
+    positions: float
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
+
+    def __mul__(self, n: float) -> "Passes":
+        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n)
+
+
+def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
+    """Those of `generate`: every row in every step, the head at what is still hidden in the active block."""
+    hidden = [sum(commits[step:]) for commits in decoding.commits for step in range(len(commits))]
+    return Passes(len(hidden), completions * len(hidden), width, completions * sum(hidden))
+
+
+def scoring_passes(masks: Masks, width: int, micro_batch: int) -> Passes:
+    """Those of `score` in micro-batches: no row with nothing hidden, but at least one per call."""
+    calls = rows = positions = 0
+    for start in range(0, masks.hidden.shape[1], micro_batch):
+        hidden = masks.hidden[:, start : start + micro_batch]
+        views = torch.cat([hidden, ~hidden] if masks.coupled else [hidden]).flatten(0, 1)
+        used = views.any(-1)
+        calls, rows, positions = calls + 1, rows + int(used.sum()) + int(not used[0]), positions + int(views.sum())
+    return Passes(calls, rows, width, positions)
+
+
+class Work(NamedTuple):
+    """All passes of a rollout and its updates on one GPU; a phase that is not needed has none.
+
+    terms: the extra pass without gradient of ``view_by_view``. updates: passes with gradient.
+    """
+
+    rollout: Passes
+    old: Passes
+    reference: Passes
+    terms: Passes
+    updates: Passes
+
+
+def work(
+    rollout: Passes, masks: list[Masks], *, updates: int, reference: bool, micro_batch: int, view_by_view: bool
+) -> Work:
+    """What `ESPOModule.training_step` runs.
+
+    Args:
+        rollout: see `decoding_passes`.
+        masks: U sets [M, B, L]; U = ``updates``, or 1 if they are reused.
+        updates, micro_batch, view_by_view: as in `ESPOModule`.
+        reference: whether beta is not 0.
+    """
+    nothing = rollout * 0
+    sets = [scoring_passes(m, rollout.width, micro_batch) for m in masks]
+    trained = sum(sets, nothing) * (updates // len(sets))
+    if view_by_view:
+        views = [scoring_passes(view, rollout.width, micro_batch) for m in masks for view in m.single_views()]
+        single = sum(views, nothing) * (updates // len(sets))
+    return Work(
+        rollout=rollout,
+        old=sum(sets[1:], nothing),
+        reference=sum(sets, nothing) if reference else nothing,
+        terms=trained if view_by_view else nothing,
+        updates=single if view_by_view else trained,
+    )
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """FLOPs of forward passes: frozen or trained linear layers, adapters, attention scores (QK and PV), head."""
+
+    linear: float
+    adapters: float
+    scores: float
+    head: float
+
+
+def dense(linears: list[tuple[int, int]]) -> int:
+    """FLOPs of linear layers for one token."""
+    return 2 * sum(m * n for m, n in linears)
+
+
+def low_rank(linears: list[tuple[int, int]], rank: int) -> int:
+    """FLOPs of their adapters for one token."""
+    return 2 * rank * sum(m + n for m, n in linears)
+
+
+def forward(network: Network, passes: Passes, rank: int = 0) -> Parts:
+    """FLOPs of forward passes, with adapters of a rank or without (0)."""
+    tokens = passes.rows * passes.width
+    in_mlp = (network.layers - 1) * tokens + passes.positions  # the last MLP runs where a token is predicted
+    in_attention = network.layers * tokens
+    return Parts(
+        linear=in_attention * dense(network.attention) + in_mlp * dense(network.mlp),
+        adapters=in_attention * low_rank(network.attention, rank) + in_mlp * low_rank(network.mlp, rank),
+        scores=in_attention * 4 * passes.width * network.heads * network.head_dim,
+        head=passes.positions * 2 * network.hidden_size * network.vocab_size,
+    )
+
+
+def backward(network: Network, passes: Passes, rank: int = 0, checkpointing: bool = False) -> float:
+    """FLOPs of the backward passes after `forward`, recomputation included.
+
+    A trained matrix costs twice its forward product, a frozen one once. Fused attention recomputes its scores: 5
+    products for 2. Only in layer 0 with adapters and without checkpointing does the input need no gradient.
+    """
+    part, tokens = forward(network, passes, rank), passes.rows * passes.width
+    flops = (1 if rank else 2) * (part.linear + part.head) + 2 * part.adapters + 2.5 * part.scores
+    if rank and not checkpointing:
+        flops -= tokens * (dense(network.attention[:3]) + 2 * rank * 3 * network.hidden_size)
+    if passes.positions > passes.calls * (HEAD_BYTES // (4 * network.vocab_size)):
+        flops += part.head  # in chunks, see `apply_head`
+    if checkpointing:  # all layers but the last, up to the last matrix product, whose input is all that is needed
+        layer = dense(network.attention + network.mlp) + low_rank(network.attention + network.mlp, rank)
+        skipped = low_rank([(0, network.hidden_size)], rank) if rank else dense(network.mlp[2:])
+        flops += (network.layers - 1) * (tokens * (layer - skipped) + part.scores / network.layers)
+    return flops
+
+
+def flops(network: Network, w: Work, rank: int = 0, checkpointing: bool = False) -> dict[str, float]:
+    """FLOPs of every phase. The reference of adapters is the base without them."""
+    return {
+        "rollout": sum(forward(network, w.rollout, rank)),
+        "old scores": sum(forward(network, w.old, rank)),
+        "reference": sum(forward(network, w.reference)),
+        "updates": sum(forward(network, w.terms + w.updates, rank)) + backward(network, w.updates, rank, checkpointing),
+    }

@@ -1,0 +1,390 @@
+"""The cost calculator against what the library really does: FLOPs, calls and bytes of real steps of small policies."""
+
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write
+from conftest import fit
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from espo_lightning import ELBO, Decoding, ESPOModule, LoRA, MeanField, Prompts, TimeELBO, load_policy, score
+from espo_lightning import cost as calculator
+from espo_lightning import flops as counting
+from espo_lightning.cost import Hardware, activation_bytes, collectives, cost, memory, read_network
+from espo_lightning.flops import DREAM_7B, LLADA_8B, decoding_passes, flops, scoring_passes, work
+
+pytestmark = pytest.mark.usefixtures("global_generators_untouched")
+
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+RANK = 4
+DECODING = Decoding(length=16, block_length=8, steps=8)
+aten = torch.ops.aten
+
+
+def attention_forward(q, k, v, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward(grad, q, k, v, *_, out_shape=None, **__) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+ATTENTION = {  # torch's counter knows the attention kernels of GPUs; this adds the CPU's, by torch's own formulas
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+class Measured(ESPOModule):
+    """Counts the FLOPs and the calls of every phase of a training step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.flops, self.calls, self.phase = {}, {}, None
+        self.policy.language_model.model.register_forward_pre_hook(self.count_call)
+
+    def count_call(self, *_):
+        if self.phase is not None:
+            self.calls[self.phase] = self.calls.get(self.phase, 0) + 1
+
+    @contextmanager
+    def counted(self, phase):
+        self.phase = phase
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            yield
+        self.phase = None
+        self.flops[phase] = self.flops.get(phase, 0) + counter.get_total_flops()
+        self.kernels = {op for per_op in counter.get_flop_counts().values() for op in per_op}
+
+    def complete(self, problems):
+        with self.counted("rollout"):
+            return super().complete(problems)
+
+    def score(self, policy, *args):
+        with self.counted("old scores" if policy is self.policy else "reference"):
+            return super().score(policy, *args)
+
+    def update(self, rollout, u):
+        with self.counted("updates"):
+            return super().update(rollout, u)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    found = {kind: write(root / kind, kind) for kind in ("llada", "dream")}
+    return found | {(kind, n): write(root / f"{kind}{n}", kind, layers=n) for kind in found for n in (3, 4)}
+
+
+SMALL_LORA = LoRA(rank=RANK, alpha=8)
+CASES = {
+    "plain": {},
+    "more draws and updates": {"likelihood": ELBO(draws=2), "updates": 3},
+    "not coupled": {"likelihood": ELBO(coupled=False)},
+    "mean field": {"likelihood": MeanField()},
+    "no reference": {"beta": 0.0},
+    "one block": {"decoding": Decoding(length=16, block_length=16, steps=4)},
+    "masks once": {"fresh_masks": False, "updates": 3},
+    "micro-batches": {"micro_batch": 3},
+    "view by view": {"view_by_view": True, "micro_batch": 3, "likelihood": ELBO(draws=2)},
+    "checkpointing": {"gradient_checkpointing": True},
+    "LoRA": {"lora": SMALL_LORA},
+    "LoRA, masks once": {"lora": SMALL_LORA, "fresh_masks": False, "beta": 0.0},
+    "LoRA, view by view": {"lora": SMALL_LORA, "view_by_view": True},
+    "LoRA, checkpointing": {"lora": SMALL_LORA, "gradient_checkpointing": True, "micro_batch": 5},
+    "GQA": {"kind": "dream"},
+    "GQA, LoRA": {"kind": "dream", "lora": SMALL_LORA},
+    "GQA, LoRA, checkpointing": {"kind": "dream", "lora": SMALL_LORA, "gradient_checkpointing": True},
+    "head in chunks": {"head_bytes": 4 * 64 * 20, "micro_batch": 4},
+    "head in chunks, LoRA": {"head_bytes": 4 * 64 * 20, "micro_batch": 4, "lora": SMALL_LORA},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_and_calls_are_those_of_a_real_step(checkpoints, monkeypatch, tmp_path, name):
+    """Every phase, exactly: not an estimate within some per cent."""
+    case = dict(CASES[name])
+    if head_bytes := case.pop("head_bytes", None):
+        monkeypatch.setattr("espo_lightning.policy.HEAD_BYTES", head_bytes)
+        monkeypatch.setattr(counting, "HEAD_BYTES", head_bytes)
+    kind, lora, checkpointing = (
+        case.pop("kind", "llada"),
+        case.pop("lora", None),
+        case.pop("gradient_checkpointing", False),
+    )
+    folder = checkpoints[kind]
+    policy = load_policy(folder, lora=lora, gradient_checkpointing=checkpointing)
+    module = Measured(policy, **{"decoding": DECODING, "group_size": 4, "skip_equal_groups": False} | case)
+    fit(module, batches=1, folder=tmp_path)
+    assert ATTENTION.keys() & module.kernels  # the counter has seen attention
+
+    rollout, network, rank = module.last_rollout, read_network(str(folder)), RANK if lora else 0
+    completions, width = len(rollout.completion), rollout.prompts.ids.shape[1] + DECODING.length
+    expected = work(
+        decoding_passes(module.decoding, completions, width),
+        rollout.masks,
+        updates=module.updates,
+        reference=module.beta != 0,
+        micro_batch=module.micro_batch or completions,
+        view_by_view=module.view_by_view,
+    )
+    spent = flops(network, expected, rank, checkpointing)
+    assert {phase: n for phase, n in spent.items() if n} == module.flops
+    calls = {"rollout": expected.rollout, "old scores": expected.old, "updates": expected.terms + expected.updates}
+    if rank:  # a frozen copy is another network
+        calls["reference"] = expected.reference
+    assert {phase: p.calls for phase, p in calls.items() if p.calls} == module.calls
+
+
+def test_the_expected_step_is_close_to_every_real_one(checkpoints, tmp_path):
+    """The command line averages over masks; one rollout has its own."""
+    module = Measured(load_policy(checkpoints["llada"]), decoding=DECODING, likelihood=ELBO(draws=2), group_size=8)
+    fit(module, batches=1, folder=tmp_path)
+    settings = {"decoding": DECODING, "likelihood": ELBO(draws=2), "group_size": 8, "updates": 2, "micro_batch": 16}
+    width = module.last_rollout.prompts.ids.shape[1]
+    result = cost(str(checkpoints["llada"]), prompt_length=width, lora_rank=None, gpus=(1,), **settings)
+    (total,) = result["table"]["PFLOP per GPU"]["total"]
+    assert total * 1e15 == pytest.approx(sum(module.flops.values()), rel=0.02)
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "billions"),
+    [(LLADA_8B, LlamaConfig, 8.016), (DREAM_7B, Qwen2Config, 7.616)],
+)
+def test_parameters_are_those_of_transformers(network, config, billions):
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    shape = {names.get(key, key): value for key, value in vars(network).items() if key not in ("qkv_bias", "tied")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(**shape, tie_word_embeddings=False))
+    assert sum(p.numel() for p in model.parameters()) == network.parameters
+    assert network.parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream", "bundled:sudoku"])
+def test_a_network_is_read_from_its_config(checkpoints, kind):
+    path = str(checkpoints.get(kind, kind))
+    policy = load_policy(path, lora=LoRA(rank=RANK))
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    network = read_network(path)
+    assert trained == network.adapters(RANK)
+    assert sum(p.numel() for p in policy.parameters()) - trained == network.parameters
+
+
+def test_an_unknown_policy_is_named_and_nothing_is_downloaded(capsys):
+    with pytest.raises(SystemExit) as stop:
+        calculator.main(["--policy=somebody/model"])
+    assert stop.value.code == 2
+    assert "'somebody/model'" in capsys.readouterr().err
+
+
+# ---- memory and collectives -----------------------------------------------------------------------------------------
+
+
+def kept_bytes(policy, prompts, completion, masks) -> int:
+    """What a forward pass under bf16-mixed keeps for its backward pass, weights and their bfloat16 copies excluded."""
+    shapes = {p.shape for p in policy.parameters() if p.ndim > 1}
+    shapes |= {shape[::-1] for shape in shapes}
+    parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters and tensor.shape not in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # alive, so that no address recurs
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        score(policy, prompts, completion, masks)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+def test_a_layer_keeps_the_bytes_that_the_formula_says(checkpoints, kind, rank, checkpointing):
+    """Exactly, as the difference between networks of 3 and 4 layers."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (6, 24), generator=generator)
+    prompts, completion, masks = Prompts(ids[:, :11], None), ids[:, 11:], ELBO().draw(torch.arange(6), 13)
+    measured, formula = [], []
+    for layers in (3, 4):
+        folder = checkpoints[kind, layers]
+        dtype, lora = ("bfloat16", LoRA(rank=rank)) if rank else ("float32", None)
+        policy = load_policy(folder, dtype=dtype, lora=lora, gradient_checkpointing=checkpointing)
+        measured.append(kept_bytes(policy, prompts, completion, masks))
+        passes = scoring_passes(masks, ids.shape[1], len(ids))
+        formula.append(activation_bytes(read_network(str(folder)), passes, rank, checkpointing))
+    assert measured[1] - measured[0] == formula[1] - formula[0]
+
+
+def test_memory_counts_weights_gradients_moments_and_reference(checkpoints, tmp_path):
+    """Of a real module after a step, on one GPU: nothing is sharded."""
+    for lora in (None, SMALL_LORA):
+        policy = load_policy(checkpoints["llada"], lora=lora)
+        module = ESPOModule(policy, decoding=DECODING, group_size=4)
+        fit(module, batches=1, folder=tmp_path)
+        rank, trained = RANK if lora else 0, [p for p in policy.parameters() if p.requires_grad]
+        moments = [t for state in module.optimizers().state.values() for t in state.values() if t.ndim]
+        reference = [] if lora else list(module.reference.parameters())
+        tensors = {"weights": policy.parameters(), "gradients": trained, "optimizer": moments, "reference": reference}
+        width = module.last_rollout.prompts.ids.shape[1] + 16
+        passes = decoding_passes(DECODING, 8, width)
+        w = work(passes, module.last_rollout.masks, updates=2, reference=True, micro_batch=8, view_by_view=False)
+        network = read_network(str(checkpoints["llada"]))
+        held = memory(network, w, stored=4, shards=1, rank=rank, checkpointing=False, once=False)
+        for name, parts in tensors.items():
+            assert held[name] == sum(t.nbytes for t in parts), name
+
+
+def received(gpus, shards, *, rank=0, once=False, **changes):
+    masks = [ELBO().draw(torch.arange(8), 16)] * 2
+    options = {"updates": 2, "reference": True, "micro_batch": 2, "view_by_view": False} | changes
+    w = work(decoding_passes(DECODING, 8, 20), masks, **options)
+    network = replace(LLADA_8B, layers=2)
+    size, _ = collectives(network, w, Hardware(), gpus=gpus, shards=shards, updates=2, rank=rank, once=once)
+    return {phase: n / network.parameters for phase, n in size.items()}
+
+
+def test_collectives_by_hand():
+    """In bytes per parameter: weights are 2 wide, gradients 4; two GPUs exchange one half of everything.
+
+    Eight decoding steps; 4 micro-batches for the one old pass, 8 for the reference, 8 forward and backward in updates.
+    """
+    ddp = received(2, 1)
+    assert ddp == {"rollout": 0, "old scores": 0, "reference": 0, "updates": 2 * 4}  # an all-reduce per update
+    fsdp = received(2, 2)
+    assert fsdp == {"rollout": 8, "old scores": 4, "reference": 8, "updates": 8 * 2 + 8 * 2}
+    once = received(2, 2, once=True)
+    assert once == {"rollout": 1, "old scores": 0, "reference": 1, "updates": 1 + 8 * 2}
+    hybrid = received(4, 2)  # replicas of a half exchange it once more
+    assert hybrid == fsdp | {"updates": fsdp["updates"] + 8 * 2}
+    assert received(2, 2, view_by_view=True)["updates"] == 8 + 16 * 2 + 16 * 2
+    adapters = received(2, 1, rank=8)["updates"]
+    assert adapters == 8 * replace(LLADA_8B, layers=2).adapters(8) / replace(LLADA_8B, layers=2).parameters
+
+
+def test_speeds_inside_a_node_and_between_nodes():
+    machine = Hardware(nvlink=450, network=50, node=8)
+    assert [machine.gather_speed(n) for n in (2, 8, 64)] == [450, 450, 400]  # eight ports bring what eight GPUs share
+    assert machine.replica_speed(1, 8) == 450
+    assert machine.replica_speed(8, 64) == 50  # every GPU has another shard
+    assert machine.replica_speed(1, 64) == 400
+
+
+# ---- the command line and the page ----------------------------------------------------------------------------------
+
+BASE = {"decoding": DECODING, "likelihood": ELBO(), "updates": 3, "gpus": (2, 16), "shards": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"policy": "Dream-org/Dream-v0-Instruct-7B"},
+        {"decoding": replace(DECODING, steps=4)},
+        {"decoding": replace(DECODING, block_length=4)},
+        {"likelihood": TimeELBO()},
+        {"prompt_length": 399},
+        {"prompts_per_gpu": 3},
+        {"group_size": 7},
+        {"updates": 2},
+        {"fresh_masks": False},
+        {"beta": 0.0},
+        {"micro_batch": 2},
+        {"view_by_view": True},
+        {"lora_rank": 64},
+        {"dtype": "float32"},
+        {"gradient_checkpointing": True},
+        {"gpus": (2, 8)},
+        {"shards": None},
+        {"gather_once": True},
+        *({"hardware": Hardware(**{key: 1})} for key in ("tflops", "utilisation", "node", "nvlink", "network")),
+    ],
+    ids=lambda change: "-".join(f"{k}" for k in change),
+)
+def test_every_option_has_an_effect(change):
+    assert cost(**BASE)["table"] != cost(**BASE | change)["table"]
+
+
+def test_json_holds_the_table(tmp_path, capsys):
+    calculator.main([f"--output={tmp_path / 'cost.json'}", "--gpus=[8]"])
+    written = json.loads((tmp_path / "cost.json").read_text())
+    assert written["table"]["completions per rollout"][""] == [96]
+    assert written["network"]["hidden_size"] == 4096
+    assert "completions per rollout                 96" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--updates=0"], ["--gpus=[8,12]", "--shards=8"], ["--shards=0"]])
+def test_impossible_settings_are_errors(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        calculator.main(flags)
+    assert stop.value.code == 2
+    assert "must be" in capsys.readouterr().err
+
+
+VARIABLES = dict(re.findall(r'^([A-Z]+)="(.*)"$', PAGE.read_text(), flags=re.MULTILINE))
+COMMANDS = re.findall(r"```\n\$ python -m espo_lightning.cost ?(.*?)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+ROWS = re.findall(r"^\| `(\$.*?)` \|.*$", PAGE.read_text(), flags=re.MULTILINE)
+
+
+def table_of(flags: str) -> dict:
+    """What the command line computes, with the page's variables."""
+    for name, value in VARIABLES.items():
+        flags = flags.replace(f"${name}", value)
+    return calculator.run(cost, "espo_lightning.cost", flags.split())
+
+
+def overview(flags: str) -> str:
+    """A row of the page's overview: the totals of one setting at 8, 64 and 512 GPUs."""
+    table = table_of(flags)["table"]
+    seconds = table["seconds"]
+    computing, collectives = (
+        [sum(column) for column in zip(*(values for row, values in seconds.items() if row.startswith(kind)))]
+        for kind in ("computing", "collectives")
+    )
+    memory = " / ".join(f"{x:.0f}" for x in table["GB of memory per GPU"]["total"])
+    share = table["PFLOP per GPU"]["rollout"][0] / table["PFLOP per GPU"]["total"][0]
+    cells = [
+        f"{table['PFLOP per GPU']['total'][0]:.1f}",
+        f"{share:.0%}",
+        f"{computing[0]:.0f}",
+        " / ".join(f"{x:.1f}" for x in collectives),
+        memory,
+    ]
+    return f"| `{flags}` | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("flags", ROWS)
+def test_the_overview_of_the_page_is_what_the_commands_compute(flags):
+    assert overview(flags) in PAGE.read_text().splitlines()
+
+
+def test_the_comparison_with_the_papers_formula():
+    """FLOPs per completion in units of N D, at the paper's T = 256 and mu = 8."""
+    for draws, published in ((1, 608), (2, 704), (4, 896)):
+        ours = []
+        for tuning in ("$FULL", "--lora_rank=null --dtype=float32", ""):
+            result = table_of(f"$CODE {tuning} --likelihood.draws={draws}")
+            table, unit = result["table"]["PFLOP per GPU"], result["parameters"] * 656 * 20 / 1e15
+            ours.append(table["total"][0] / unit)
+            assert table["paper, 2ND(T + 6 mu M)"][0] / unit == pytest.approx(published)
+        cells = [str(draws), str(published), f"{2 * (256 + 80 * draws)}", *(f"{x:.0f}" for x in ours)]
+        assert f"| {' | '.join(cells)} |" in PAGE.read_text().splitlines()
+
+
+@pytest.mark.parametrize(("flags", "table"), COMMANDS, ids=[flags for flags, _ in COMMANDS])
+def test_the_tables_of_the_page_are_what_its_commands_print(flags, table, capsys):
+    calculator.main(flags.split())
+    assert capsys.readouterr().out == table
+
+
+def test_the_page_has_tables():
+    assert len(COMMANDS) >= 2
+    assert len(ROWS) >= 12
