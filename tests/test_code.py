@@ -39,7 +39,7 @@ MBPP_ROWS = MBPP(path=str(DATA / "mbpp_60.jsonl"), held_out=1.0)
 def test_humaneval(index):
     problem = HUMANEVAL.problem("test", 0, index)
     right = verdict(problem.verify, problem.answer)
-    assert right == {"reward": 1.0, "exact": 1.0, "passed": 1.0, "format": 1.0, "failed": 0.0}
+    assert right == {"reward": 1.0, "exact": 1.0, "passed": 1.0, "format": 1.0, "failed": 0.0, "timeout": 0.0}
     head = problem.verify.keywords["head"]
     body = problem.answer.removeprefix(f"```python\n{head}").removesuffix("```")
     assert problem.verify(body)["exact"] == 1.0  # the bare continuation, as base models write it
@@ -53,7 +53,7 @@ def test_humaneval(index):
 def test_mbpp(index):
     problem = MBPP_ROWS.problem("test", 0, index)
     right = verdict(problem.verify, f"Some thoughts.\n{problem.answer}")
-    assert right == {"reward": 1.0, "exact": 1.0, "passed": 1.0, "format": 1.0, "failed": 0.0}
+    assert right == {"reward": 1.0, "exact": 1.0, "passed": 1.0, "format": 1.0, "failed": 0.0, "timeout": 0.0}
     assert problem.verify("```python\npass\n```")["reward"] == 0.0
 
 
@@ -302,5 +302,5 @@ def test_fuzz(ace, count):
     for _ in range(count):
         text = garbage(draw)
         scored = verdict(verify, text)
-        assert set(scored) == {"reward", "exact", "passed", "format", "failed"}, text
+        assert set(scored) == {"reward", "exact", "passed", "format", "failed", "timeout"}, text
         assert 0.0 <= scored["reward"] <= 2.0

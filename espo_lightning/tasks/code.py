@@ -60,8 +60,8 @@ def judge(
     """Run a completion against tests.
 
     passed: share of the tests passed. exact: all passed. format: 0 no closed fence, 0.5 a fence whose code does not
-    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run; tests that were
-    passed before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence
+    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run; timeout: 1 if it was
+    the time limit. Tests that were passed before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence
     nothing is executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
 
     Raises:
@@ -69,7 +69,7 @@ def judge(
     """
     code = extract_code(text)
     if code is None and format_gate:
-        return {"reward": 0.0, "exact": 0.0, "passed": 0.0, "format": 0.0, "failed": 0.0}
+        return dict.fromkeys(("reward", "exact", "passed", "format", "failed", "timeout"), 0.0)
     source = assemble(head, entry_point, text[:TEXT_LIMIT] if code is None else code)
     result = sandbox.shared(allow_unsafe).test(
         source,
@@ -89,6 +89,7 @@ def judge(
         "passed": passed,
         "format": form,
         "failed": float(result.failed),
+        "timeout": float(result.status == "timeout"),
     }
 
 

@@ -28,6 +28,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
@@ -40,6 +41,8 @@ TIMEOUT = 1.5  # seconds for one comparison in the worker
 START_TIMEOUT = 60.0  # seconds for a worker to import sympy
 MEMORY_MB = 1024
 REQUESTS_PER_CHILD = 1000  # then it is replaced, as sympy's caches grow
+Outcome = Literal["equal", "different", "failed", "timeout"]
+OUTCOMES: dict[int, Outcome] = {1: "equal", 0: "different", -1: "failed"}  # of `maths_inner`
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40}"
 NUMBER = re.compile(rf"([-+]?)({DIGITS})(?:/([0-9]{{1,40}}))?")
@@ -120,22 +123,28 @@ def verify_math(text: str, gold: str, numbers: bool = False) -> Verdict:
     """Score a completion against a gold answer.
 
     exact: the answers are equal, which is the reward. format: there is a complete box. failed: the comparison timed
-    out, ran out of memory or crashed, and scored 0. Equal input, equal verdict; no text takes longer than `TIMEOUT`
-    plus the wait for a free worker.
+    out (timeout: 1 as well), ran out of memory or crashed, and scored 0. Equal input, equal verdict; no text takes
+    longer than `TIMEOUT` plus the wait for a free worker.
     """
     answer = extract(text, numbers)
-    verdict = {"reward": 0.0, "exact": 0.0, "format": float(boxed(text[-TEXT_LIMIT:]) is not None), "failed": 0.0}
+    verdict = {"reward": 0.0, "exact": 0.0, "format": float(boxed(text[-TEXT_LIMIT:]) is not None)}
+    verdict |= {"failed": 0.0, "timeout": 0.0}
     if answer is None or not answer.strip() or len(answer) > ANSWER_LIMIT:
         return verdict
     values = number(gold), number(answer)
     if clean(answer) == clean(gold) or (values[0] is not None and values[0] == values[1]):
-        outcome = 1
+        outcome = "equal"
     elif None not in values:
-        outcome = 0
+        outcome = "different"
     else:
         outcome = _workers().compare(gold, answer)
-    equal = float(outcome == 1)
-    return verdict | {"reward": equal, "exact": equal, "failed": float(outcome == -1)}
+    equal, timeout = float(outcome == "equal"), float(outcome == "timeout")
+    return verdict | {
+        "reward": equal,
+        "exact": equal,
+        "failed": max(timeout, float(outcome == "failed")),
+        "timeout": timeout,
+    }
 
 
 class _Worker:
@@ -173,24 +182,31 @@ class _Worker:
             os.kill(self.child, signal.SIGKILL)
         self._await_child()
 
-    def compare(self, gold: str, answer: str) -> int:
-        """1 equal, 0 not, -1 failed. Raises OSError if the worker cannot be had at all."""
+    def compare(self, gold: str, answer: str) -> Outcome:
+        """Judge one pair. Raises OSError if the worker cannot be had at all."""
         body = json.dumps([gold, answer]).encode()
         self.request += 1
-        self.process.stdin.write(REQUEST.pack(len(body), self.request) + body)
-        deadline, request = time.monotonic() + TIMEOUT, 0
+        message = REQUEST.pack(len(body), self.request) + body
+        self.process.stdin.write(message)
+        deadline, request, deaths = time.monotonic() + TIMEOUT, 0, 0
         while request != self.request:
             try:
                 kind, verdict, request = self._reply(deadline)
             except TimeoutError:
-                self._replace_child()
-                return -1
-            if kind == b"R":  # a child died, on this request or before it; then its successor takes the request
-                self.child, self.served = verdict, 0
+                if deaths:  # a copy of the request may wait for the next child
+                    self.process.kill()  # which the next call notices, and starts a new worker
+                else:
+                    self._replace_child()
+                return "timeout"
+            if kind == b"R":  # a child died, on this request or of something else before it: one more try
+                self.child, self.served, deaths = verdict, 0, deaths + 1
+                if deaths == 2:
+                    return "failed"
+                self.process.stdin.write(message)  # an answer to a second copy is dropped, its number being old
         self.served += 1
         if self.served == REQUESTS_PER_CHILD:
             self._replace_child()
-        return verdict
+        return OUTCOMES[verdict]
 
     def close(self) -> None:
         self.process.kill()  # its child sees the pipe close
@@ -208,8 +224,8 @@ class Workers:
         for _ in range(size):
             self._idle.put(None)  # started when first needed
 
-    def compare(self, gold: str, answer: str) -> int:
-        """1 equal, 0 not, -1 failed. Raises OSError if math-verify cannot be started, which no text can cause."""
+    def compare(self, gold: str, answer: str) -> Outcome:
+        """Judge one pair. Raises OSError if math-verify cannot be started, which no text can cause."""
         worker = self._idle.get()
         try:
             for attempts_left in (1, 0):

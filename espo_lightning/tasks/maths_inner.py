@@ -13,7 +13,7 @@ import sys
 
 REQUEST = struct.Struct("<Ii")  # length of the JSON [gold, answer], request number
 REPLY = struct.Struct("<cii")  # b"R", pid, 0: a child is ready; b"V", 1 equal | 0 not | -1 failed, request number
-SELF_DESTRUCT = 10  # seconds after which a child dies by itself, should its owner be gone
+SELF_DESTRUCT = 5  # seconds after which a child dies by itself, should its owner be gone
 
 
 def equivalent(gold: str, answer: str) -> int:
@@ -29,14 +29,18 @@ def equivalent(gold: str, answer: str) -> int:
         return -1
 
 
-def read_request() -> tuple[int, bytes]:
-    """In one read, as a rule: a child that is killed then leaves no half request to its successor."""
-    data = b""
-    while len(data) < REQUEST.size or len(data) < REQUEST.size + REQUEST.unpack_from(data)[0]:
+def read_request(data: bytearray) -> tuple[int, bytes]:
+    """Number and body of the next request; ``data`` keeps what was read beyond it.
+
+    In one read, as a rule: a child that is killed then leaves no half request to its successor.
+    """
+    while len(data) < REQUEST.size or len(data) < (end := REQUEST.size + REQUEST.unpack_from(data)[0]):
         if not (part := os.read(0, 1 << 20)):
             os._exit(0)  # the owner closed the pipe or is gone
         data += part
-    return REQUEST.unpack_from(data)[1], data[REQUEST.size :]
+    number, body = REQUEST.unpack_from(data)[1], bytes(data[REQUEST.size : end])
+    del data[:end]
+    return number, body
 
 
 def child(replies: int, memory_mb: int) -> None:
@@ -44,8 +48,9 @@ def child(replies: int, memory_mb: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.write(replies, REPLY.pack(b"R", os.getpid(), 0))
+    data = bytearray()
     while True:
-        request, body = read_request()
+        request, body = read_request(data)
         gold, answer = json.loads(body)
         signal.alarm(SELF_DESTRUCT)
         verdict = equivalent(gold, answer)
