@@ -60,9 +60,10 @@ def judge(
     """Run a completion against tests.
 
     passed: share of the tests passed. exact: all passed. format: 0 no closed fence, 0.5 a fence whose code does not
-    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run; timeout: 1 if it was
-    the time limit. Tests that were passed before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence
-    nothing is executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
+    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run, timeout: 1 if that
+    was the time limit; tests that were passed before it still count. reward: ``passed``; with ``format_gate`` it is
+    format + passed, and without a fence nothing is executed (the paper's reward, in [0, 2]). Without the gate, text
+    without a fence is code as it is.
 
     Raises:
         SandboxUnavailable: this host cannot isolate programs; no text of a model can cause it.

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from espo_lightning.tasks.base import Problem, Verdict
+from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
 from espo_lightning.tasks.rows import RowTask
 
@@ -218,26 +218,26 @@ class _Worker:
 class Workers:
     """A pool that any number of threads may call. ``size``: comparisons at a time."""
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, size: int = min(8, os.cpu_count() or 1)) -> None:
         self.size = size
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(size):
             self._idle.put(None)  # started when first needed
 
     def compare(self, gold: str, answer: str) -> Outcome:
-        """Judge one pair. Raises OSError if math-verify cannot be started, which no text can cause."""
+        """Judge one pair. Raises VerifierUnavailable if math-verify cannot be started, which no text can cause."""
         worker = self._idle.get()
         try:
             for attempts_left in (1, 0):
                 try:
                     worker = worker or _Worker()
                     return worker.compare(gold, answer)
-                except OSError:  # it was killed while idle, say: one more try, with a new one
+                except OSError as error:  # it was killed while idle, say: one more try, with a new one
                     if worker is not None:
                         worker.close()
                         worker = None
                     if not attempts_left:
-                        raise
+                        raise VerifierUnavailable(f"no worker for math-verify: {error}") from error
         finally:
             self._idle.put(worker)
 
