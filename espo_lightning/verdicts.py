@@ -91,6 +91,34 @@ def judge_all(
     return [verdicts[index] for index in range(len(texts))]
 
 
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from c right ones of n (Chen et al. 2021, Eq. 1).
+
+    Raises:
+        ValueError: unless 0 <= c <= n and 1 <= k <= n; fewer samples than k give no unbiased estimate.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def per_problem(verdicts: list[Verdict], samples: int) -> list[Verdict]:
+    """One verdict per problem from those of its ``samples`` completions, which stand side by side.
+
+    The mean of every metric and, with several samples, "pass@1", "pass@2", "pass@4", ... of "exact". The samples of a
+    problem are not independent: intervals are over problems.
+    """
+    if samples == 1:
+        return verdicts
+    rows = []
+    for first in range(0, len(verdicts), samples):
+        group = verdicts[first : first + samples]
+        row = {key: sum(v.get(key, 0.0) for v in group) / samples for key in {key for v in group for key in v}}
+        right = sum(v.get("exact") == 1 for v in group)
+        rows.append(row | {f"pass@{2**j}": pass_at_k(samples, right, 2**j) for j in range(samples.bit_length())})
+    return rows
+
+
 def summarise(verdicts: list[Verdict]) -> dict:
     """Mean of every metric, the number of samples "n", and "ci95", a 95 % confidence interval of each mean.
 

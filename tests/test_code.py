@@ -6,13 +6,12 @@ import pickle
 import random
 import sys
 import types
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from espo_lightning.tasks import sandbox
-from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names, pass_at_k
+from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
 
 DATA = Path(__file__).parent / "data"
 ISOLATED = any(not sandbox.probe(backend) for backend in sandbox.BACKENDS)
@@ -233,15 +232,6 @@ def test_a_completion_cannot_replace_what_the_tests_rely_on():
 )
 def test_extract_code(text, code):
     assert extract_code(text) == code
-
-
-def test_pass_at_k_is_the_average_over_subsets():
-    for n, c, k in [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 3, 4), (6, 0, 2), (6, 6, 6), (7, 1, 7)]:
-        subsets = list(combinations([1] * c + [0] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    for bad in [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)]:
-        with pytest.raises(ValueError, match="pass_at_k"):
-            pass_at_k(*bad)
 
 
 def test_wrong_splits_are_named():

@@ -181,13 +181,13 @@ HANGS = [
 
 @pytest.mark.parametrize("answer", HANGS)
 def test_a_comparison_that_hangs_is_killed_outside_the_main_thread(answer):
-    """The proof that math-verify's signals are not needed: no call takes 2 s beyond machine noise, from a thread."""
+    """The proof that math-verify's signals are not needed: from a thread, no call takes 2 s."""
     with ThreadPoolExecutor(1) as threads:
         start = time.perf_counter()
         verdict = threads.submit(verify_math, f"\\boxed{{{answer}}}", "7").result()
         seconds = time.perf_counter() - start
         assert verdict["reward"] == 0.0
-        assert seconds < 2.5
+        assert seconds < 2.0
         assert threads.submit(verify_math, "\\boxed{2\\sqrt{2}}", "\\sqrt{8}").result()["reward"] == 1.0
 
 
@@ -367,7 +367,7 @@ GOLDS = ["7", "0.5", "\\frac{1}{2}", "(3,\\infty)", "x^2+1", "\\text{even}", "\\
 
 @pytest.mark.parametrize("count", [400, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_fuzz(count):
-    """No exception, no call over 2 s (2.5 on a loaded machine), no growth of memory, here or in the workers."""
+    """No exception, no call over 2 s, no growth of memory, here or in the workers."""
 
     def one(index: int) -> float:
         draw = random.Random(index)
@@ -381,7 +381,7 @@ def test_fuzz(count):
             memory.append(resident())
             workers.append(max(resident(worker.process.pid) for worker in idle if worker is not None))
             print(start, slowest, memory[-1], workers[-1])  # shown with -s: the long run reports its progress
-    assert slowest < 2.5
+    assert slowest < 2.0
     assert memory[-1] - memory[0] < 50_000  # KiB
     assert max(workers) - min(workers) < 50_000
     assert threading.active_count() < 30

@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from processes import descendants, started
 
 from espo_lightning.tasks.base import Problem, VerifierUnavailable
-from espo_lightning.verdicts import judge, judge_all, summarise
+from espo_lightning.verdicts import judge, judge_all, pass_at_k, per_problem, summarise
 
 
 def problem(verify) -> Problem:
@@ -170,3 +171,21 @@ def test_intervals_by_hand():
     assert summary["ci95"]["exact"] == pytest.approx([(-b - half) / (2 * a), (-b + half) / (2 * a)])
     with pytest.raises(ValueError, match="not a single verdict"):
         summarise([])
+
+
+def test_pass_at_k_is_the_average_over_subsets():
+    for n, c, k in [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 3, 4), (6, 0, 2), (6, 6, 6), (7, 1, 7)]:
+        subsets = list(combinations([1] * c + [0] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    for bad in [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)]:
+        with pytest.raises(ValueError, match="pass_at_k"):
+            pass_at_k(*bad)
+
+
+def test_per_problem_means_and_pass_at_k():
+    right, wrong = {"reward": 1.0, "exact": 1.0}, {"reward": 0.5, "exact": 0.0}
+    rows = per_problem([right, wrong, wrong, wrong, right, right, right, right], 4)
+    assert rows[0] == {"reward": 0.625, "exact": 0.25, "pass@1": 0.25, "pass@2": 0.5, "pass@4": 1.0}
+    assert set(rows[1].values()) == {1.0}
+    assert per_problem([right, wrong], 1) == [right, wrong]
+    assert set(per_problem([right] * 3, 3)[0]) == {"reward", "exact", "pass@1", "pass@2"}

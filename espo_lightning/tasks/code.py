@@ -11,7 +11,6 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
-from math import comb
 from types import MappingProxyType
 
 from espo_lightning.tasks import sandbox
@@ -136,17 +135,6 @@ def needed_names(scripts: list[str], defined: str = "") -> tuple[tuple[str, ...]
     free = (used - bound - set(dir(builtins))) | (used & reference)
     modules = {name for name in free if name in sys.stdlib_module_names and name not in called | reference}
     return tuple(sorted(free - modules)), tuple(sorted(modules))
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from c right ones of n (Chen et al. 2021, Eq. 1).
-
-    Raises:
-        ValueError: unless 0 <= c <= n and 1 <= k <= n; fewer samples than k give no unbiased estimate.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def parses(test: str) -> bool:
