@@ -8,7 +8,8 @@ The answer of a completion is, in this order:
 
 It is compared with the gold answer: equal text after cleaning, or equal numbers (exact fractions; thousands commas,
 currency, per cent and degree signs and units are dropped), or equal for math-verify with the gold answer first.
-math-verify's own time limits need SIGALRM and do nothing outside a main thread; here a worker process is killed.
+math-verify's own time limits need SIGALRM and do nothing outside a main thread; here a worker process is killed, after
+a second of processor time, so that a verdict does not depend on what else the machine does.
 GSM8K: Cobbe et al. 2021. MATH: Hendrycks et al. 2021, test set of Lightman et al. 2023. Prompt as in the paper.
 """
 
@@ -37,8 +38,8 @@ from espo_lightning.tasks.rows import RowTask
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 TEXT_LIMIT = 20_000  # characters of a completion that are read, from its end
 ANSWER_LIMIT = 300  # characters of an answer; a longer one is wrong (the longest of MATH-500 has 53)
-TIMEOUT = 1.0  # seconds for one comparison in the worker; those of MATH-500 take milliseconds
-START_TIMEOUT = 60.0  # seconds for a worker to import sympy
+STALL = 30.0  # seconds of wall time until a worker that uses no processor time is given up
+START_TIMEOUT = 300.0  # seconds for a worker to import sympy
 MEMORY_MB = 1024
 REQUESTS_PER_CHILD = 1000  # then it is replaced, as sympy's caches grow
 Outcome = Literal["equal", "different", "failed", "timeout"]
@@ -122,9 +123,9 @@ def extract(text: str, numbers: bool) -> str | None:
 def verify_math(text: str, gold: str, numbers: bool = False) -> Verdict:
     """Score a completion against a gold answer.
 
-    exact: the answers are equal, which is the reward. format: there is a complete box. failed: the comparison timed
-    out (timeout: 1 as well), ran out of memory or crashed, and scored 0. Equal input, equal verdict; no text takes
-    longer than `TIMEOUT` plus the wait for a free worker.
+    exact: the answers are equal, which is the reward. format: there is a complete box. failed: the comparison ran out
+    of time (timeout: 1 as well) or memory or crashed, and scored 0. Equal input, equal verdict; no text takes longer
+    than a second of processor time, plus the wait for a free worker.
     """
     answer = extract(text, numbers)
     verdict = {"reward": 0.0, "exact": 0.0, "format": float(boxed(text[-TEXT_LIMIT:]) is not None)}
@@ -188,25 +189,26 @@ class _Worker:
         self.request += 1
         message = REQUEST.pack(len(body), self.request) + body
         self.process.stdin.write(message)
-        deadline, request, deaths = time.monotonic() + TIMEOUT, 0, 0
-        while request != self.request:
+        deadline, deaths = time.monotonic() + STALL, 0
+        while True:
             try:
-                kind, verdict, request = self._reply(deadline)
+                kind, value, number = self._reply(deadline)
             except TimeoutError:
-                if deaths:  # a copy of the request may wait for the next child
-                    self.process.kill()  # which the next call notices, and starts a new worker
-                else:
-                    self._replace_child()
-                return "timeout"
-            if kind == b"R":  # a child died, on this request or of something else before it: one more try
-                self.child, self.served, deaths = verdict, 0, deaths + 1
-                if deaths == 2:
-                    return "failed"
+                self._replace_child()
+                kind, value, number = b"R", self.child, signal.SIGPROF
+            if kind == b"V" and number == self.request:
+                break
+            if kind == b"R":  # ``value``, in the place of a child that ``number`` killed
+                self.child, self.served, deaths = value, 0, deaths + 1
+                if number == signal.SIGPROF or deaths == 2:
+                    if deaths == 2:  # a copy of the request may wait for the next child:
+                        self.process.kill()  # the next call notices, and starts a new worker
+                    return "timeout" if number == signal.SIGPROF else "failed"
                 self.process.stdin.write(message)  # an answer to a second copy is dropped, its number being old
         self.served += 1
         if self.served == REQUESTS_PER_CHILD:
             self._replace_child()
-        return OUTCOMES[verdict]
+        return OUTCOMES[value]
 
     def close(self) -> None:
         self.process.kill()  # its child sees the pipe close
