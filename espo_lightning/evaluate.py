@@ -6,7 +6,6 @@ same either way, as batches are the same: only "seconds" differs.
 """
 
 import hashlib
-import json
 import os
 import pickle
 import sys
@@ -102,10 +101,12 @@ def evaluate(
         "seed": seed,
         "settings": settings,
     }
-    path = Path(output)
-    if path.exists():
-        raise ValueError(f"output {path} exists already: name another file, or remove it")
-    shards = Shards(path, header, rank)
+    shards = Shards(Path(output), header, rank)
+    if (finished := shards.finished()) is not None:
+        if world == 1:
+            raise ValueError(f"output {output} exists already: name another file, or remove it")
+        return finished  # the others were faster
+    shards.open()
     if device == "auto":
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     policy.to(device).eval()
@@ -128,7 +129,7 @@ def evaluate(
 
     records = shards.read()
     if len(records) < len(batches):
-        return json.loads(path.read_text()) if path.exists() else None
+        return shards.finished()
     made = [sample for number in range(len(batches)) for sample in records[number]["samples"]]
     result = {
         **summarise(per_problem([s["verdict"] for s in made], samples)),

@@ -16,24 +16,36 @@ class Shards:
 
     Args:
         output: the result file that is to come.
-        header: what is evaluated; JSON.
+        header: what is evaluated; JSON. The result contains it.
         rank: number of this process.
-
-    Raises:
-        ValueError: a file beside ``output`` belongs to another evaluation.
     """
 
     def __init__(self, output: Path, header: dict, rank: int = 0):
         self.output, self.header, self.rank = output, json.loads(json.dumps(header, default=str)), rank
         self.own = output.with_name(f"{output.name}.{rank}.jsonl")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.read()  # refuses files of another evaluation before anything is written
+
+    def open(self) -> None:
+        """Get ready to append. Raises ValueError if a file beside ``output`` belongs to another evaluation."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.read()  # checks the headers before anything is written
         with open(self.own, "ab+") as file:  # a kill may have left half a line: cut it off
             file.seek(0)
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
             if b"\n" not in content:
                 file.write(json.dumps({"header": self.header}).encode() + b"\n")
+
+    def finished(self) -> dict | None:
+        """The result, if some process has written it. Raises ValueError if ``output`` is another evaluation's."""
+        try:
+            result = json.loads(self.output.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            result = {}  # some other file
+        if {key: result.get(key) for key in self.header} != self.header:
+            raise ValueError(f"output {self.output} exists already, from another evaluation: name another file")
+        return result
 
     @property
     def files(self) -> list[Path]:
