@@ -22,6 +22,7 @@ ALLOWED = {
     "data": {"tasks"},
     "runs": set(),
     "cli": {"runs"},
+    "lm_eval_adapter": {"likelihood", "masking", "policy", "sampler"},
     "export": {"checkpoint", "formats", "cli"},
     "shards": set(),
     "protocols": {"sampler"},
