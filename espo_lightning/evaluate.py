@@ -1,9 +1,16 @@
-"""``python -m espo_lightning.evaluate``: how well a policy does on a task, as one JSON file."""
+"""``python -m espo_lightning.evaluate``: how well a policy does on a task, as one JSON file.
 
-import json
+Interrupted, even by ``kill -9``, the same command goes on where it stopped. Under ``torchrun --nproc-per-node N -m
+espo_lightning.evaluate`` N processes share the batches, and the last one to finish writes the file. The result is the
+same either way, as batches are the same: only "seconds" differs.
+"""
+
+import hashlib
+import os
 import pickle
 import sys
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,29 +21,36 @@ from tqdm import tqdm
 from espo_lightning.cli import run
 from espo_lightning.masking import fold_in
 from espo_lightning.policy import Policy
+from espo_lightning.protocols import protocol as protocol_named
 from espo_lightning.sampler import Decoder, Decoding
+from espo_lightning.shards import Shards
 from espo_lightning.tasks.base import Problem, Task, Verdict
-from espo_lightning.verdicts import judge, summarise
+from espo_lightning.verdicts import judge_all, per_problem, summarise
+
+GREEDY = Decoding(temperature=0.0)
 
 
 def solve(policy: Policy, problems: list[Problem], keys: Tensor, decoding: Decoder) -> tuple[list[str], list[Verdict]]:
     """Decode one completion per problem with keys [B], and judge it: texts and verdicts."""
     texts = policy.decode(decoding.generate(policy, policy.encode([p.prompt for p in problems]), keys))
-    return texts, [judge(problem, text) for problem, text in zip(problems, texts)]
+    return texts, judge_all(problems, texts)
 
 
 def evaluate(
     policy: Policy,
     task: Task,
-    decoding: Decoder = Decoding(temperature=0.0),
+    decoding: Decoder = GREEDY,
+    protocol: str | None = None,
     problems: int = 256,
+    samples: int = 1,
     batch_size: int = 64,
     split: str = "test",
     seed: int = 0,
     output: str = "evaluation.json",
     checkpoint: str | None = None,
+    device: str = "auto",
     settings: dict | None = None,
-) -> dict:
+) -> dict | None:
     """Decode and judge problems of a task, and write one JSON file: metrics with confidence intervals, every sample,
     and all settings.
 
@@ -44,40 +58,104 @@ def evaluate(
         policy: see `load_policy`.
         task: where the problems come from.
         decoding: greedy unless told otherwise; `AutoregressiveDecoding` for a causal policy.
+        protocol: take ``decoding`` from a published evaluation, such as ``llada-planning-256``; see `protocols`.
         problems: how many, from the start of the split.
-        batch_size: problems decoded at once; does not change the results.
+        samples: completions per problem. With several, metrics are means over problems of the mean over samples, and
+            "pass@k" is added for k = 1, 2, 4, ... (unbiased; right means "exact" is 1).
+        batch_size: completions decoded at once; changes the results by rounding only.
         split: "test" or "train".
         seed: of the decoding noise.
-        output: the file to write.
+        output: the file to write. Until then, ``OUTPUT.RANK.jsonl`` beside it hold what is done.
         checkpoint: a training checkpoint of ``policy`` (``RUN/checkpoints/*.ckpt``), whose weights are used instead.
+        device: "auto" is this process's GPU, or the CPU if there is none.
         settings: stored in the file.
 
     Returns:
-        What was written: `summarise`'s numbers, "chance", "seconds", "settings" and "samples".
+        What was written: `summarise`'s numbers, "chance", "seconds" (of decoding and judging, over all processes),
+        "decoding", "settings", "samples" and so on. None if other processes are not done yet.
+
+    Raises:
+        ValueError: ``output`` exists, or an unfinished evaluation beside it is another one; contradictory arguments.
     """
-    path = Path(output)
-    if path.exists():
-        raise ValueError(f"output {path} exists already: name another file, or remove it")
+    if protocol is not None and decoding != GREEDY:
+        raise ValueError(f"protocol={protocol} and decoding contradict each other: drop one of them")
+    decoding = decoding if protocol is None else protocol_named(protocol)
+    if min(problems, samples, batch_size) < 1:
+        raise ValueError(
+            f"problems, samples and batch_size must be at least 1, got {problems}, {samples} and {batch_size}"
+        )
+    if samples > 1 and decoding.temperature == 0:
+        raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
     decoding.check(policy)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    start, samples = time.perf_counter(), []
-    for first in tqdm(range(0, problems, batch_size), desc="evaluate", unit="batch"):
-        batch = [task.problem(split, 0, i) for i in range(first, min(first + batch_size, problems))]
-        keys = fold_in(seed, torch.arange(first, first + len(batch))).to(policy.device)
-        for problem, text, verdict in zip(batch, *solve(policy, batch, keys, decoding)):
-            samples.append({"prompt": problem.prompt, "completion": text, "verdict": verdict})
-    result = {
-        **summarise([s["verdict"] for s in samples]),
-        "chance": task.chance,
-        "seconds": time.perf_counter() - start,
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    header = {
+        "policy": fingerprint(policy),
         "versions": {name: version(name) for name in ("torch", "transformers", "espo-lightning")},
+        "protocol": protocol,
+        "decoding": as_json(decoding),
+        "problems": problems,
+        "samples_per_problem": samples,
+        "batch_size": batch_size,
+        "split": split,
+        "seed": seed,
         "settings": settings,
-        "samples": samples,
     }
-    path.write_text(json.dumps(result, indent=1, default=str))
+    shards = Shards(Path(output), header, rank)
+    if (finished := shards.finished()) is not None:
+        if world == 1:
+            raise ValueError(f"output {output} exists already: name another file, or remove it")
+        return finished  # the others were faster
+    shards.open()
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    policy.to(device).eval()
+
+    pairs = [(i, s) for i in range(problems) for s in range(samples)]
+    batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
+    done = shards.read()
+    for number in tqdm(range(rank, len(batches), world), desc="evaluate", unit="batch", disable=rank > 0):
+        if number in done:
+            continue
+        start = time.perf_counter()
+        batch = [task.problem(split, 0, i) for i, _ in batches[number]]
+        counters = torch.tensor([sample << 32 | i for i, sample in batches[number]])
+        texts, verdicts = solve(policy, batch, fold_in(seed, counters).to(policy.device), decoding)
+        made = [
+            {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict}
+            for (i, _), problem, text, verdict in zip(batches[number], batch, texts, verdicts)
+        ]
+        shards.append(number, {"seconds": time.perf_counter() - start, "samples": made})
+
+    records = shards.read()
+    if len(records) < len(batches):
+        return shards.finished()
+    made = [sample for number in range(len(batches)) for sample in records[number]["samples"]]
+    result = {
+        **summarise(per_problem([s["verdict"] for s in made], samples)),
+        "chance": task.chance,
+        "seconds": sum(records[number]["seconds"] for number in range(len(batches))),
+        **shards.header,
+        "samples": made,
+    }
+    shards.finish(result)
     return result
+
+
+def as_json(decoding: Decoding) -> dict:
+    """The settings as plain data, functions by their import path."""
+    values = {field.name: getattr(decoding, field.name) for field in fields(decoding)}
+    return {k: f"{v.__module__}.{v.__qualname__}" if callable(v) else v for k, v in values.items()}
+
+
+def fingerprint(policy: Policy) -> str:
+    """16 hexadecimal digits that name the weights: a hash of about 64 entries of every parameter."""
+    digest = hashlib.sha256()
+    for parameter in policy.parameters():
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(policy: Policy, checkpoint: str) -> None:
@@ -99,8 +177,12 @@ def main(argv: list[str] | None = None) -> None:
         "task": {"class_path": "espo_lightning.tasks.Sudoku"},
     }
     result = run(evaluate, "espo_lightning.evaluate", argv, defaults)
-    lines = [f"{k:8} {result[k]:.3f}   95 % {lo:.3f} to {hi:.3f}" for k, (lo, hi) in result["ci95"].items()]
-    sys.stdout.write("\n".join([*lines, f"{result['n']} problems, written to {result['settings']['output']}"]) + "\n")
+    if result is None:
+        lines = ["this process is done; the last one writes the result"]
+    else:
+        lines = [f"{k:8} {result[k]:.3f}   95 % {lo:.3f} to {hi:.3f}" for k, (lo, hi) in result["ci95"].items()]
+        lines.append(f"{result['n']} problems, written to {result['settings']['output']}")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from espo_lightning.masking import Masks, fold_in
 from espo_lightning.policy import Policy, Prompts
 from espo_lightning.sampler import Decoder, Decoding
 from espo_lightning.tasks.base import Problem, Verdict
-from espo_lightning.verdicts import judge, summarise
+from espo_lightning.verdicts import judge_all, summarise
 
 # logged as NaN if no completion of a rollout had a gradient
 UPDATE_METRICS = ("loss", "log_ratio", "log_ratio_max", "clip_low", "clip_high", "kl", "score_per_token")
@@ -181,7 +181,7 @@ class ESPOModule(LightningModule):
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
         texts = self.policy.decode(completion)
-        verdicts = [judge(problems[i // self.group_size], text) for i, text in enumerate(texts)]
+        verdicts = judge_all([p for p in problems for _ in range(self.group_size)], texts)
         rewards = torch.tensor([v["reward"] for v in verdicts], device=completion.device).view(-1, self.group_size)
         advantages = self.advantage(rewards).flatten()
         rows = self.rows_with_gradient(advantages)
@@ -349,7 +349,7 @@ class ESPOModule(LightningModule):
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
         keys = fold_in(EVALUATE, torch.zeros(len(problems), dtype=torch.int64, device=prompts.ids.device))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
-        self.verdicts += [judge(problem, text) for problem, text in zip(problems, texts)]
+        self.verdicts += judge_all(problems, texts)
 
     def on_validation_epoch_end(self) -> None:
         gathered: list = [None] * self.trainer.world_size

@@ -266,7 +266,7 @@ def test_sft_makes_the_same_bytes_twice_and_evaluate_judges_them(tmp_path, capsy
     assert result["n"] == len(result["samples"]) == 6
     assert result["settings"]["decoding"]["init_args"]["steps"] == 6
     assert result["settings"]["task"]["class_path"].endswith("Countdown")
-    assert set(result["ci95"]) == {"exact", "format", "reward", "failed"}
+    assert set(result["ci95"]) == {"exact", "format", "reward", "failed", "timeout"}
     with pytest.raises(SystemExit) as error:
         evaluate.main(flags)
     assert error.value.code == 2

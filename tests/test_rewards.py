@@ -30,10 +30,13 @@ def test_weighted_sum_logs_every_part():
     assert verdict["exact"] == 0.0
     assert verdict["failed"] == 0.0
     assert {k: v for k, v in verdict.items() if "/" in k} == {
+        "a/failed": 0.0,
         "a/reward": 1.0,
         "a/exact": 0.0,
+        "b/failed": 0.0,
         "b/reward": 1.0,
         "b/exact": 0.0,
+        "c/failed": 0.0,
         "c/reward": -0.002,
     }
 
@@ -45,8 +48,16 @@ def test_a_part_that_raises_scores_zero_and_is_counted():
     assert verdict["exact"] == verdict["good/exact"] == 1.0
 
 
+@pytest.mark.parametrize("verdict", [{"reward": float("nan")}, {"exact": 1.0}, {"reward": "much"}, None])
+def test_a_part_without_a_finite_reward_scores_zero_and_is_counted(verdict):
+    total = weighted("x", {"good": (1.0, partial(says, "x")), "bad": (1.0, lambda _: verdict)})
+    assert (total["reward"], total["failed"], total["bad/failed"], total["good/failed"]) == (1.0, 1.0, 1.0, 0.0)
+
+
 def test_a_part_that_reports_a_failure_is_counted():
-    assert weighted("", {"a": (1.0, lambda _: {"reward": 0.0, "failed": 1.0})})["failed"] == 1.0
+    timeout = {"reward": 0.0, "failed": 1.0, "timeout": 1.0}
+    total = weighted("", {"a": (1.0, lambda _: timeout), "b": (1.0, partial(says, "x"))})
+    assert (total["failed"], total["timeout"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import descendants
 from sandbox_attacks import ESCAPES, FAKES, SECRET
 
 from espo_lightning.tasks import sandbox
@@ -36,20 +37,6 @@ def processes() -> dict[int, str]:
         if "sandbox_inner.py" in command and command:
             found[int(entry.split("/")[2])] = command
     return found
-
-
-def descendants(root: int) -> set[int]:
-    parents = {}
-    for entry in glob.glob("/proc/[0-9]*/stat"):
-        try:
-            fields = Path(entry).read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        parents[int(entry.split("/")[2])] = int(fields[1])
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {root}
 
 
 @pytest.fixture(scope="module", params=AVAILABLE or ["none"])

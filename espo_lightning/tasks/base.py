@@ -1,5 +1,6 @@
 """What a task is: problems drawn from (seed, index), each with its own verifier. Standard library only."""
 
+import math
 import random
 import re
 from abc import ABC, abstractmethod
@@ -8,6 +9,10 @@ from typing import NamedTuple
 
 Messages = list[dict[str, str]]
 Verdict = dict[str, float]  # "reward", which RL maximises, and the task's own metrics
+
+
+class VerifierUnavailable(OSError):
+    """This host cannot run a verifier at all. No text causes it, so it ends a run instead of costing reward."""
 
 
 class Problem(NamedTuple):
@@ -21,6 +26,26 @@ class Problem(NamedTuple):
     prompt: str | Messages
     verify: Callable[[str], Verdict]
     answer: str
+
+
+def checked(verify: Callable[[str], Verdict], text: str) -> tuple[Verdict, str]:
+    """The verdict as floats plus "failed", and why it failed, "" if it did not.
+
+    A verifier that raises, or whose verdict has no reward or a value that is no finite number, costs one completion its
+    reward (``{"failed": 1, "reward": 0}``) and nothing else.
+
+    Raises:
+        VerifierUnavailable: from the verifier.
+    """
+    try:
+        verdict = {key: float(value) for key, value in verify(text).items()}
+        wrong = [f"{key} is {value}" for key, value in verdict.items() if not math.isfinite(value)]
+        cause = ", ".join(wrong) if "reward" in verdict else "its verdict has no reward"
+    except VerifierUnavailable:
+        raise
+    except (Exception, SystemExit) as error:  # functions of users are not trusted to be total
+        cause = f"{type(error).__name__}: {error}"
+    return ({"failed": 1.0, "reward": 0.0}, cause) if cause else ({"failed": 0.0, **verdict}, "")
 
 
 class Task(ABC):

@@ -11,7 +11,6 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
-from math import comb
 from types import MappingProxyType
 
 from espo_lightning.tasks import sandbox
@@ -60,16 +59,17 @@ def judge(
     """Run a completion against tests.
 
     passed: share of the tests passed. exact: all passed. format: 0 no closed fence, 0.5 a fence whose code does not
-    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run; tests that were
-    passed before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence
-    nothing is executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
+    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run, timeout: 1 if that
+    was the time limit; tests that were passed before it still count. reward: ``passed``; with ``format_gate`` it is
+    format + passed, and without a fence nothing is executed (the paper's reward, in [0, 2]). Without the gate, text
+    without a fence is code as it is.
 
     Raises:
         SandboxUnavailable: this host cannot isolate programs; no text of a model can cause it.
     """
     code = extract_code(text)
     if code is None and format_gate:
-        return {"reward": 0.0, "exact": 0.0, "passed": 0.0, "format": 0.0, "failed": 0.0}
+        return dict.fromkeys(("reward", "exact", "passed", "format", "failed", "timeout"), 0.0)
     source = assemble(head, entry_point, text[:TEXT_LIMIT] if code is None else code)
     result = sandbox.shared(allow_unsafe).test(
         source,
@@ -89,6 +89,7 @@ def judge(
         "passed": passed,
         "format": form,
         "failed": float(result.failed),
+        "timeout": float(result.status == "timeout"),
     }
 
 
@@ -134,17 +135,6 @@ def needed_names(scripts: list[str], defined: str = "") -> tuple[tuple[str, ...]
     free = (used - bound - set(dir(builtins))) | (used & reference)
     modules = {name for name in free if name in sys.stdlib_module_names and name not in called | reference}
     return tuple(sorted(free - modules)), tuple(sorted(modules))
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from c right ones of n (Chen et al. 2021, Eq. 1).
-
-    Raises:
-        ValueError: unless 0 <= c <= n and 1 <= k <= n; fewer samples than k give no unbiased estimate.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def parses(test: str) -> bool:

@@ -8,7 +8,8 @@ The answer of a completion is, in this order:
 
 It is compared with the gold answer: equal text after cleaning, or equal numbers (exact fractions; thousands commas,
 currency, per cent and degree signs and units are dropped), or equal for math-verify with the gold answer first.
-math-verify's own time limits need SIGALRM and do nothing outside a main thread; here a worker process is killed.
+math-verify's own time limits need SIGALRM and do nothing outside a main thread; here a worker process is killed, after
+a second of processor time, so that a verdict does not depend on what else the machine does.
 GSM8K: Cobbe et al. 2021. MATH: Hendrycks et al. 2021, test set of Lightman et al. 2023. Prompt as in the paper.
 """
 
@@ -28,18 +29,21 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
-from espo_lightning.tasks.base import Problem, Verdict
+from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
 from espo_lightning.tasks.rows import RowTask
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 TEXT_LIMIT = 20_000  # characters of a completion that are read, from its end
 ANSWER_LIMIT = 300  # characters of an answer; a longer one is wrong (the longest of MATH-500 has 53)
-TIMEOUT = 1.5  # seconds for one comparison in the worker
-START_TIMEOUT = 60.0  # seconds for a worker to import sympy
+STALL = 30.0  # seconds of wall time until a worker that uses no processor time is given up
+START_TIMEOUT = 300.0  # seconds for a worker to import sympy
 MEMORY_MB = 1024
 REQUESTS_PER_CHILD = 1000  # then it is replaced, as sympy's caches grow
+Outcome = Literal["equal", "different", "failed", "timeout"]
+OUTCOMES: dict[int, Outcome] = {1: "equal", 0: "different", -1: "failed"}  # of `maths_inner`
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40}"
 NUMBER = re.compile(rf"([-+]?)({DIGITS})(?:/([0-9]{{1,40}}))?")
@@ -119,23 +123,29 @@ def extract(text: str, numbers: bool) -> str | None:
 def verify_math(text: str, gold: str, numbers: bool = False) -> Verdict:
     """Score a completion against a gold answer.
 
-    exact: the answers are equal, which is the reward. format: there is a complete box. failed: the comparison timed
-    out, ran out of memory or crashed, and scored 0. Equal input, equal verdict; no text takes longer than `TIMEOUT`
-    plus the wait for a free worker.
+    exact: the answers are equal, which is the reward. format: there is a complete box. failed: the comparison ran out
+    of time (timeout: 1 as well) or memory or crashed, and scored 0. Equal input, equal verdict; no text takes longer
+    than a second of processor time, plus the wait for a free worker.
     """
     answer = extract(text, numbers)
-    verdict = {"reward": 0.0, "exact": 0.0, "format": float(boxed(text[-TEXT_LIMIT:]) is not None), "failed": 0.0}
+    verdict = {"reward": 0.0, "exact": 0.0, "format": float(boxed(text[-TEXT_LIMIT:]) is not None)}
+    verdict |= {"failed": 0.0, "timeout": 0.0}
     if answer is None or not answer.strip() or len(answer) > ANSWER_LIMIT:
         return verdict
     values = number(gold), number(answer)
     if clean(answer) == clean(gold) or (values[0] is not None and values[0] == values[1]):
-        outcome = 1
+        outcome = "equal"
     elif None not in values:
-        outcome = 0
+        outcome = "different"
     else:
         outcome = _workers().compare(gold, answer)
-    equal = float(outcome == 1)
-    return verdict | {"reward": equal, "exact": equal, "failed": float(outcome == -1)}
+    equal, timeout = float(outcome == "equal"), float(outcome == "timeout")
+    return verdict | {
+        "reward": equal,
+        "exact": equal,
+        "failed": max(timeout, float(outcome == "failed")),
+        "timeout": timeout,
+    }
 
 
 class _Worker:
@@ -173,24 +183,32 @@ class _Worker:
             os.kill(self.child, signal.SIGKILL)
         self._await_child()
 
-    def compare(self, gold: str, answer: str) -> int:
-        """1 equal, 0 not, -1 failed. Raises OSError if the worker cannot be had at all."""
+    def compare(self, gold: str, answer: str) -> Outcome:
+        """Judge one pair. Raises OSError if the worker cannot be had at all."""
         body = json.dumps([gold, answer]).encode()
         self.request += 1
-        self.process.stdin.write(REQUEST.pack(len(body), self.request) + body)
-        deadline, request = time.monotonic() + TIMEOUT, 0
-        while request != self.request:
+        message = REQUEST.pack(len(body), self.request) + body
+        self.process.stdin.write(message)
+        deadline, deaths = time.monotonic() + STALL, 0
+        while True:
             try:
-                kind, verdict, request = self._reply(deadline)
+                kind, value, number = self._reply(deadline)
             except TimeoutError:
                 self._replace_child()
-                return -1
-            if kind == b"R":  # a child died, on this request or before it; then its successor takes the request
-                self.child, self.served = verdict, 0
+                kind, value, number = b"R", self.child, signal.SIGPROF
+            if kind == b"V" and number == self.request:
+                break
+            if kind == b"R":  # ``value``, in the place of a child that ``number`` killed
+                self.child, self.served, deaths = value, 0, deaths + 1
+                if number == signal.SIGPROF or deaths == 2:
+                    if deaths == 2:  # a copy of the request may wait for the next child:
+                        self.process.kill()  # the next call notices, and starts a new worker
+                    return "timeout" if number == signal.SIGPROF else "failed"
+                self.process.stdin.write(message)  # an answer to a second copy is dropped, its number being old
         self.served += 1
         if self.served == REQUESTS_PER_CHILD:
             self._replace_child()
-        return verdict
+        return OUTCOMES[value]
 
     def close(self) -> None:
         self.process.kill()  # its child sees the pipe close
@@ -202,26 +220,26 @@ class _Worker:
 class Workers:
     """A pool that any number of threads may call. ``size``: comparisons at a time."""
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, size: int = min(8, os.cpu_count() or 1)) -> None:
         self.size = size
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(size):
             self._idle.put(None)  # started when first needed
 
-    def compare(self, gold: str, answer: str) -> int:
-        """1 equal, 0 not, -1 failed. Raises OSError if math-verify cannot be started, which no text can cause."""
+    def compare(self, gold: str, answer: str) -> Outcome:
+        """Judge one pair. Raises VerifierUnavailable if math-verify cannot be started, which no text can cause."""
         worker = self._idle.get()
         try:
             for attempts_left in (1, 0):
                 try:
                     worker = worker or _Worker()
                     return worker.compare(gold, answer)
-                except OSError:  # it was killed while idle, say: one more try, with a new one
+                except OSError as error:  # it was killed while idle, say: one more try, with a new one
                     if worker is not None:
                         worker.close()
                         worker = None
                     if not attempts_left:
-                        raise
+                        raise VerifierUnavailable(f"no worker for math-verify: {error}") from error
         finally:
             self._idle.put(worker)
 

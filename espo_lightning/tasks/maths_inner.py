@@ -12,8 +12,9 @@ import struct
 import sys
 
 REQUEST = struct.Struct("<Ii")  # length of the JSON [gold, answer], request number
-REPLY = struct.Struct("<cii")  # b"R", pid, 0: a child is ready; b"V", 1 equal | 0 not | -1 failed, request number
-SELF_DESTRUCT = 10  # seconds after which a child dies by itself, should its owner be gone
+# b"R", pid, signal that ended the child before: a child is ready; b"V", 1 equal | 0 not | -1 failed, request number
+REPLY = struct.Struct("<cii")
+CPU_LIMIT = 1.0  # seconds of processor time for one comparison; then SIGPROF ends the child
 
 
 def equivalent(gold: str, answer: str) -> int:
@@ -22,34 +23,39 @@ def equivalent(gold: str, answer: str) -> int:
 
     extraction = [LatexExtractionConfig(), ExprExtractionConfig()]
     try:
-        # No time limits here: math-verify's need SIGALRM in a main thread. The owner kills this process instead.
+        # None of math-verify's time limits: in wall time, they would make a verdict depend on the machine's load.
         parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=None) for text in (gold, answer)]
         return int(verify(*parsed, timeout_seconds=None))
     except Exception:  # whatever a parser of arbitrary text raises, MemoryError too: counted as failed by the owner
         return -1
 
 
-def read_request() -> tuple[int, bytes]:
-    """In one read, as a rule: a child that is killed then leaves no half request to its successor."""
-    data = b""
-    while len(data) < REQUEST.size or len(data) < REQUEST.size + REQUEST.unpack_from(data)[0]:
+def read_request(data: bytearray) -> tuple[int, bytes]:
+    """Number and body of the next request; ``data`` keeps what was read beyond it.
+
+    In one read, as a rule: a child that is killed then leaves no half request to its successor.
+    """
+    while len(data) < REQUEST.size or len(data) < (end := REQUEST.size + REQUEST.unpack_from(data)[0]):
         if not (part := os.read(0, 1 << 20)):
             os._exit(0)  # the owner closed the pipe or is gone
         data += part
-    return REQUEST.unpack_from(data)[1], data[REQUEST.size :]
+    number, body = REQUEST.unpack_from(data)[1], bytes(data[REQUEST.size : end])
+    del data[:end]
+    return number, body
 
 
-def child(replies: int, memory_mb: int) -> None:
-    """Serve requests until killed."""
+def child(replies: int, memory_mb: int, ended_by: int) -> None:
+    """Serve requests until killed. ``ended_by``: the signal that killed the child before, 0 for the first."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.write(replies, REPLY.pack(b"R", os.getpid(), 0))
+    os.write(replies, REPLY.pack(b"R", os.getpid(), ended_by))
+    data = bytearray()
     while True:
-        request, body = read_request()
+        request, body = read_request(data)
         gold, answer = json.loads(body)
-        signal.alarm(SELF_DESTRUCT)
+        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
         verdict = equivalent(gold, answer)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(replies, REPLY.pack(b"V", verdict, request))
 
 
@@ -57,8 +63,9 @@ if __name__ == "__main__":
     replies = os.dup(1)  # whatever libraries print goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     equivalent("\\frac{1}{2}", "0.5")  # imports and warms up what every child then shares
+    status = 0
     while True:
         if (pid := os.fork()) == 0:
-            child(replies, int(sys.argv[1]))
-        if os.waitpid(pid, 0)[1] == 0:
+            child(replies, int(sys.argv[1]), os.WTERMSIG(status))
+        if (status := os.waitpid(pid, 0)[1]) == 0:
             sys.exit()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 
-from espo_lightning.tasks.base import Problem, Task, Verdict
+from espo_lightning.tasks.base import Problem, Task, Verdict, checked
 
 Verifier = Callable[[str], Verdict]
 
@@ -20,17 +20,16 @@ Verifier = Callable[[str], Verdict]
 def weighted(text: str, parts: Mapping[str, tuple[float, Verifier]]) -> Verdict:
     """reward: the sum of weight times reward over ``parts``. ``name/key``: every key of every part, unweighted.
 
-    failed: 1 if any part failed; a part that raises an Exception scores 0, with ``name/failed`` 1, and is so counted
-    instead of ending a run. ``exact`` is that of the first part that has one, so that evaluations stay comparable.
+    failed, timeout: 1 if any part failed or ran out of time. A part that raises, or whose verdict is no dictionary of
+    finite numbers with a reward, scores 0 with ``name/failed`` 1; the other parts still count. ``exact`` is that of the
+    first part that has one, so that evaluations stay comparable.
     """
-    total: Verdict = {"reward": 0.0, "failed": 0.0}
+    total: Verdict = {"reward": 0.0, "failed": 0.0, "timeout": 0.0}
     for name, (weight, verifier) in parts.items():
-        try:
-            verdict = verifier(text)
-        except Exception:  # user functions are not trusted to be total; the count below keeps it visible
-            verdict = {"reward": 0.0, "failed": 1.0}
+        verdict, _ = checked(verifier, text)
         total["reward"] += weight * verdict["reward"]
-        total["failed"] = max(total["failed"], verdict.get("failed", 0.0))
+        for key in ("failed", "timeout"):
+            total[key] = max(total[key], verdict.get(key, 0.0))
         if "exact" in verdict:
             total.setdefault("exact", verdict["exact"])
         total |= {f"{name}/{key}": value for key, value in verdict.items()}

@@ -41,6 +41,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from espo_lightning.tasks.base import VerifierUnavailable
 from espo_lightning.tasks.sandbox_isolation import DISK_LIMIT
 from espo_lightning.tasks.sandbox_peer import LENGTH, MESSAGE_LIMIT
 
@@ -67,7 +68,7 @@ assert all(shut), shut
 """
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(VerifierUnavailable):
     """This host offers no backend that holds, and the unsafe one was not asked for."""
 
 
