@@ -244,7 +244,15 @@ def test_protocols():
         "llada-reasoning-128": (128, 32, 1, 0.0),
         "llada-reasoning-256": (256, 32, 1, 0.0),
         "llada-reasoning-512": (512, 32, 1, 0.0),
+        "dream-planning-128": (128, 128, 2, 0.0),
+        "dream-planning-256": (256, 256, 2, 0.0),
+        "dream-planning-512": (512, 512, 2, 0.0),
+        "dream-reasoning-128": (128, 128, 1, 0.0),
+        "dream-reasoning-256": (256, 256, 1, 0.0),
+        "dream-reasoning-512": (512, 512, 1, 0.0),
     }
+    ways = {(name.partition("-")[0], d.order.__name__, d.schedule.__name__) for name, d in PROTOCOLS.items()}
+    assert ways == {("llada", "low_confidence", "even_schedule"), ("dream", "entropy_order", "dream_schedule")}
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +281,8 @@ def test_a_protocol_from_the_command_line(folder, tmp_path, capsys):
 
 
 def test_decoding_from_a_yaml_file(folder, tmp_path):
-    (tmp_path / "mine.yaml").write_text("length: 8\nblock_length: 4\nsteps: 4\ntemperature: 0.5\n")
-    flags = [f"--policy.path={folder}", "--problems=2", f"--decoding={tmp_path / 'mine.yaml'}"]
+    (tmp_path / "mine.yaml").write_text("decoding: {length: 8, block_length: 4, steps: 4, temperature: 0.5}\n")
+    flags = [f"--policy.path={folder}", "--problems=2", f"--config={tmp_path / 'mine.yaml'}"]
     evaluate.main([*flags, f"--output={tmp_path / 'result.json'}"])
     decoding = json.loads((tmp_path / "result.json").read_text())["decoding"]
     assert [decoding[k] for k in ("length", "block_length", "steps", "temperature")] == [8, 4, 4, 0.5]
