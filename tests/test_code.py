@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from espo_lightning.tasks import sandbox
+from espo_lightning.tasks import GSM8K, MATH, sandbox
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
 
 DATA = Path(__file__).parent / "data"
@@ -260,6 +260,14 @@ def test_hub_ids(monkeypatch):
     ace = AceCode()
     assert (len(ace.rows("train")), len(ace.rows("test"))) == (9, 1)
     assert set(ace.rows("train")[0]) == {"question", "test_cases"}
+    assert GSM8K().rows("train")
+    assert MATH().rows("test")
+    assert MATH().rows("train")
+    assert asked[-3:] == [
+        ("openai/gsm8k", "main", "train"),
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("ankner/math-500", None, "train"),
+    ]
     assert asked[:3] == [
         ("openai/openai_humaneval", None, "test"),
         ("google-research-datasets/mbpp", "full", "train"),

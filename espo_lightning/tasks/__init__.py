@@ -5,6 +5,7 @@ from espo_lightning.tasks.code import MBPP, AceCode, HumanEval
 from espo_lightning.tasks.countdown import Countdown
 from espo_lightning.tasks.maths import GSM8K, MATH
 from espo_lightning.tasks.rewards import Weighted
+from espo_lightning.tasks.rows import Rows
 from espo_lightning.tasks.sudoku import Sudoku
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Countdown",
     "HumanEval",
     "Problem",
+    "Rows",
     "Sudoku",
     "Task",
     "Verdict",

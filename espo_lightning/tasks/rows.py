@@ -1,13 +1,13 @@
-"""Rows of a benchmark: from local JSONL or the hub, in an order that depends on (seed, index) only."""
+"""Rows of a data set: from local JSONL or the hub, in an order that depends on (seed, index) only."""
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 
-from espo_lightning.tasks.base import Task, rng
+from espo_lightning.tasks.base import Problem, Task, Verdict, rng
 
 Row = Mapping[str, object]
 
@@ -57,11 +57,40 @@ class RowTask(Task):
             return list(rows.select_columns(list(self.COLUMNS)) if self.COLUMNS else rows)
         path = self.path.replace("{split}", split)
         with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
+            rows = [_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
         if "{split}" in self.path:
             return rows
         cut = len(rows) - round(len(rows) * self.held_out)
         return rows[:cut] if split == "train" else rows[cut:]
+
+
+def _row(path: str, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}, is a {type(row).__name__}, not an object with named columns")
+    return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(RowTask):
+    """Your own prompts, judged by your own function.
+
+    Args:
+        path: JSONL; a row's "prompt" is a text or a list of chat messages; its "answer", if there is one, a
+            demonstration for supervised training. See `RowTask` for ``path`` and ``held_out``.
+        verifier: (row, completion text) -> verdict; in YAML by its import path.
+    """
+
+    verifier: Callable[[Row, str], Verdict]
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        row = self.row(split, seed, index)
+        if "prompt" not in row:
+            raise ValueError(f'a row of {self.path} has no "prompt", only {", ".join(map(repr, row))}')
+        return Problem(row["prompt"], partial(self.verifier, row), str(row.get("answer", "")))
 
 
 @lru_cache(maxsize=8)
