@@ -113,10 +113,15 @@ def attends_forward(policy: Policy) -> bool:
 
 
 class FrozenReference(nn.Module):
-    """A frozen copy of a policy, called like it."""
+    """A frozen copy of a policy, called like it.
 
-    def __init__(self, policy: Policy):
+    Args:
+        stored: whether it is part of checkpoints; a copy that never changes can be made again.
+    """
+
+    def __init__(self, policy: Policy, stored: bool = False):
         super().__init__()
+        self.stored = stored
         facts = {"mask_id": policy.mask_id, "shift": policy.shift, "causal": policy.causal}
         self.policy = Policy(deepcopy(policy.model), policy.tokenizer, **facts).requires_grad_(False).eval()
         self.mask_id = policy.mask_id
@@ -128,6 +133,11 @@ class FrozenReference(nn.Module):
     def train(self, mode: bool = True) -> "FrozenReference":
         """Stays in eval mode, whatever its parent does."""
         return super().train(False)
+
+    def state_dict(self, *args: Any, destination: dict | None = None, **kwargs: Any) -> dict:
+        if self.stored:
+            return super().state_dict(*args, destination=destination, **kwargs)
+        return {} if destination is None else destination
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
@@ -157,9 +167,9 @@ class AdapterOff:
         )
 
 
-def make_reference(policy: Policy) -> FrozenReference | AdapterOff:
-    """The policy as it is now, or, if it has adapters, the base without them."""
-    return AdapterOff(policy) if policy.has_adapters else FrozenReference(policy)
+def make_reference(policy: Policy, *, stored: bool = False) -> FrozenReference | AdapterOff:
+    """The policy as it is now, or, if it has adapters, the base without them. stored: see `FrozenReference`."""
+    return AdapterOff(policy) if policy.has_adapters else FrozenReference(policy, stored)
 
 
 def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:

@@ -20,12 +20,13 @@ ALLOWED = {
     "checkpoint": {"formats", "policy"},
     "verdicts": {"tasks"},
     "data": {"tasks"},
-    "runs": set(),
-    "cli": {"runs"},
+    "strategies": set(),
+    "runs": {"strategies"},
+    "cli": {"runs", "strategies"},
     "export": {"checkpoint", "formats", "cli"},
     "evaluate": {"cli", "masking", "policy", "sampler", "tasks", "verdicts"},
-    "module": {"checkpoint", "likelihood", "loss", "masking", "policy", "sampler", "tasks", "verdicts"},
-    "sft": {"cli", "data", "likelihood", "masking", "policy", "tasks"},
+    "module": {"checkpoint", "likelihood", "loss", "masking", "policy", "sampler", "strategies", "tasks", "verdicts"},
+    "sft": {"cli", "data", "likelihood", "masking", "policy", "strategies", "tasks"},
     "fit": {"cli", "data", "module", "runs"},
 }
 
