@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from espo_lightning.formats import FORMATS, llada_names, make_config
 from espo_lightning.policy import Policy
+from espo_lightning.strategies import copy_weights
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -142,8 +143,7 @@ class FrozenReference(nn.Module):
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights."""
-        for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
-            mine.copy_(theirs)
+        copy_weights(self.policy, policy)
 
 
 class AdapterOff:

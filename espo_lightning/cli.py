@@ -1,5 +1,6 @@
 """Command lines: from a typed function to a program whose errors are one message and exit code 2."""
 
+import atexit
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import transformers
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -64,6 +66,12 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def _leave() -> None:
+    """Leave the other processes in good order: gloo's threads may abort an interpreter that ends without."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
 
@@ -74,6 +82,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
         self.command, self.defaults = command, defaults
         _quiet()
+        atexit.register(_leave)
         super().__init__(
             module_class,
             data_class,

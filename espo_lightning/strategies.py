@@ -7,7 +7,7 @@ head may run in as many chunks as a process has tokens: no collective happens in
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OptimStateKeyType,
     ShardingStrategy,
+    StateDictType,
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -137,7 +138,8 @@ def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = Fals
         settings = {"mesh": strategy.device_mesh["data_parallel"], "mp_policy": precision}
         for layer in policy.language_model.model.layers:
             fully_shard(layer, **settings)
-        return fully_shard(policy, **settings)
+        trained = any(p.requires_grad for p in policy.parameters())  # the root then waits for its backward pass
+        return fully_shard(policy, reshard_after_forward=not trained, **settings)
     return policy
 
 
@@ -170,6 +172,12 @@ def full_state_dict(policy: nn.Module) -> dict[str, Tensor]:
     return policy.state_dict()
 
 
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Give a policy the weights of another that is sharded alike, every process its own part."""
+    with _in_parts(target), _in_parts(source):
+        target.load_state_dict(source.state_dict())
+
+
 def gather(value: Any) -> list[Any]:
     """The picklable value of every process, in the order of their ranks."""
     if not dist.is_initialized():
@@ -177,6 +185,13 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _in_parts(policy: nn.Module):
+    """State dictionaries hold this process's part: always under FSDP2, in here under FSDP1."""
+    if isinstance(policy, FullyShardedDataParallel):
+        return FullyShardedDataParallel.state_dict_type(policy, StateDictType.SHARDED_STATE_DICT)
+    return nullcontext()
 
 
 def _whole(device: torch.device) -> StateDictOptions:

@@ -17,7 +17,7 @@ ALLOWED = {
     "sampler": {"masking"},
     "exact": {"masking"},
     "scratch": {"policy"},
-    "checkpoint": {"formats", "policy"},
+    "checkpoint": {"formats", "policy", "strategies"},
     "verdicts": {"tasks"},
     "data": {"tasks"},
     "strategies": set(),
