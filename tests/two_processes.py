@@ -1,7 +1,7 @@
-"""The runs that test_distributed.py compares, each a function of nothing but its name, its strategy and the number of
-processes. As a program, it does all of them on two processes and saves what the first one saw:
+"""The runs that test_distributed.py compares: the same four rollouts on one process and on two, under each strategy.
 
-python tests/two_processes.py FOLDER
+As a program, it does all of them on two processes and saves what the first one saw:
+``python tests/two_processes.py FOLDER``, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process.
 """
 
 import math
@@ -19,66 +19,77 @@ from espo_lightning import LoRA, PromptDataModule
 from espo_lightning.checkpoint import _add_adapter
 from espo_lightning.strategies import FSDP, FSDP2, full_state_dict, gather
 
-SGD = partial(torch.optim.SGD, lr=10.0)
-STRATEGIES = {"ddp": lambda: "ddp", "fsdp": FSDP, "fsdp2": FSDP2}
+STRATEGIES = {
+    "ddp": lambda: "ddp",
+    "fsdp": FSDP,
+    "fsdp sharded": partial(FSDP, state_dict_type="sharded"),
+    "fsdp2": FSDP2,
+    "fsdp2 full": partial(FSDP2, save_distributed_checkpoint=False),
+}
 
 
-def lora_policy(dtype=torch.float32):
+def lora_policy(base=torch.float32):
+    """Adapters of float32 on a base of another type, as `load_policy` makes them."""
     policy = small_policy()
-    policy.model = _add_adapter(policy.model.to(dtype), LoRA(rank=2, alpha=4))
+    policy.model = _add_adapter(policy.model.to(base), LoRA(rank=2, alpha=4))
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     return policy
 
 
-def poisoned_on_the_last_rank(rollout, module):
-    bad = rollout == 1 and module.global_rank == module.trainer.world_size - 1
-    return (lambda new, old: (new - old).mean((0, 2))[:, None] * math.nan) if bad else None
-
-
-# settings of the module; "policy", "precision" and "poison" are taken out first
-RUNS = {
+ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "warmup": 6}
+RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken out first
     "plain": {"max_grad_norm": 1e-3, "micro_batch": 3},
-    "adam": {"optimizer": partial(torch.optim.Adam, lr=3e-3), "warmup": 3},
     "skip": {"beta": 0.0, "micro_batch": 2, "group_size": 3},
     "views": {"view_by_view": True, "micro_batch": 3},
-    "scattered": {"gather_rollouts": False},
-    "sync": {"reference_sync": 2},
-    "lora": {"policy": lora_policy},
+    "scattered": {"gather_rollouts": False, "max_grad_norm": 1e-3, "micro_batch": 3},
+    "sync": {"reference_sync": 2, **ADAM},
+    "lora": {"policy": lora_policy, **ADAM},
     "poison": {"poison": True},
-    "bf16": {"precision": "bf16-mixed", "optimizer": partial(torch.optim.SGD, lr=0.1)},
+    "bf16": {"precision": "bf16-mixed", **ADAM},
 }
+RESUMED = ("sync", "lora")  # saved after the second rollout
 
 
 class Record(Callback):
-    """Metrics, completions, rewards and advantages of every rollout, in the order of the ranks; all-gathers of weights."""
+    """What every rollout was on all processes together, in the order of the ranks, and its metrics."""
 
     def __init__(self, poison: bool, save: Path | None):
         self.poison, self.save, self.rollouts, self.metrics = poison, save, [], []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if self.poison:
-            module.ratio = poisoned_on_the_last_rank(batch_idx, module) or _ratio
+        if self.poison:  # one process is enough
+            bad = batch_idx == 1 and module.global_rank == trainer.world_size - 1
+            module.ratio = lambda new, old: (new - old).mean((0, 2)).exp()[:, None] * (math.nan if bad else 1)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        r = module.last_rollout
-        mine = r.texts, r.rewards, len(r.completion), r.counted
+        rollout = module.last_rollout
+        terms = None if rollout.old[-1] is None else rollout.old[-1].dtype
+        mine = rollout.texts, rollout.rewards, len(rollout.completion), rollout.counted
         texts, rewards, rows, counted = zip(*gather(mine))
-        self.rollouts.append({"texts": sum(texts, []), "rewards": torch.cat(rewards), "rows": rows, "counted": counted})
-        timeless = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("time/", "speed/"))}
-        self.metrics.append(timeless)
+        self.rollouts.append({
+            "texts": sum(texts, []), "rewards": torch.cat(rewards), "rows": rows, "counted": counted, "dtype": terms,
+        })  # fmt: skip
+        timed = ("time/", "speed/")
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(timed)})
         if self.save and batch_idx == 1:
             trainer.save_checkpoint(self.save)
 
 
-def _ratio(new, old):
-    return (new - old).mean((0, 2)).exp()[:, None]
+class CountAllGathers(TorchDispatchMode):
+    """Counts the all-gathers of this thread: those of weights, and the few others."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in function.__name__
+        return function(*args, **(kwargs or {}))
 
 
 def run(name: str, strategy, devices: int, folder: Path, save: Path | None = None, resume: Path | None = None) -> dict:
-    """Four rollouts of one of the runs; what happened, and the complete final weights."""
-    settings = {"optimizer": SGD, **RUNS[name]}
+    """Four rollouts of four prompts: what happened, the complete final weights, the number of all-gathers."""
+    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name]}
     poison, precision = settings.pop("poison", False), settings.pop("precision", "32-true")
     module = small_module(settings.pop("policy", small_policy)(), **settings)
     data = PromptDataModule(Letters(), batch_size=4, batches=4, eval_problems=4, eval_batch_size=4)
@@ -90,35 +101,35 @@ def run(name: str, strategy, devices: int, folder: Path, save: Path | None = Non
         num_sanity_val_steps=0,
     )  # fmt: skip
     with CountAllGathers() as gathers:
-        trainer.fit(module, data, ckpt_path=resume)
-    whole = {k: v.clone() for k, v in full_state_dict(module.policy).items()}
-    val = {k: v for k, v in module.summary.items() if k != "ci95"}
-    return {"rollouts": record.rollouts, "metrics": record.metrics, "val": val, "weights": whole, "gathers": gathers.count}
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return {
+        "rollouts": record.rollouts,
+        "metrics": record.metrics,
+        "val": {k: v for k, v in module.summary.items() if k != "ci95"},
+        "weights": {k: v.clone() for k, v in full_state_dict(module.policy).items()},
+        "gathers": gathers.count,
+    }
 
 
-class CountAllGathers(TorchDispatchMode):
-    """Counts the all-gathers of this thread, those of weights and the few others."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "allgather" in function.__name__
-        return function(*args, **(kwargs or {}))
-
-
-def main(folder: Path, names, strategies) -> None:
+def main(folder: Path) -> None:
     results = {}
-    for strategy in strategies:
-        for name in names:
-            print(strategy, name, flush=True)
-            try:
-                results[strategy, name] = run(name, STRATEGIES[strategy](), 2, folder)
-            except Exception as e:
-                import traceback; traceback.print_exc()
+
+    def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
+        results[strategy, name, how] = run(name, STRATEGIES[strategy](), 2, folder, **files)
+
+    for strategy in ("ddp", "fsdp", "fsdp2"):
+        for name in RUNS.keys() - RESUMED:
+            do(strategy, name)
+    for strategy in STRATEGIES:
+        for name in RESUMED:
+            own = folder / f"{strategy}_{name}.ckpt"
+            do(strategy, name, save=own)
+            do(strategy, name, "resumed", resume=own)
+        do(strategy, "sync", "resumed from one process", resume=folder / "one_sync.ckpt")
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else list(RUNS), sys.argv[3].split(",") if len(sys.argv) > 3 else list(STRATEGIES))
+    main(Path(sys.argv[1]))
