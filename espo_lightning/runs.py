@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -125,12 +126,14 @@ class RunCheckpoint(Checkpoint):
         self.on_fit_end(trainer, pl_module)
         if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt):
             return
-        rank = f"rank {trainer.global_rank} of {trainer.world_size}"
         last = self.complete[-1] if self.complete else "none"
-        sys.stderr.write(
-            f"\n{rank} failed after {self.done} batches: {type(exception).__name__}: {exception}\n"
-            f"Another rank's message, if there is one, names the cause. Last checkpoint: {last}\n"
-        )
+        lines = [
+            f"rank {trainer.global_rank} of {trainer.world_size} failed after {self.done} batches: "
+            f"{type(exception).__name__}: {exception}",
+            *lost_ranks(trainer),
+            f"A lost connection or a timeout is another rank's failure, or its being slow. Last checkpoint: {last}",
+        ]
+        sys.stderr.write("\n" + "\n".join(lines) + "\n")
         sys.stderr.flush()
         if hasattr(trainer.strategy.launcher, "kill"):
             trainer.strategy.launcher.kill(signal.SIGKILL)  # they may hang in a collective
@@ -153,7 +156,7 @@ class RunCheckpoint(Checkpoint):
         self.done = batch_idx + 1
         stop = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)  # ranks agree
         moments = (self.every, trainer.num_training_batches, trainer.val_check_batch)
-        if stop or any(self.done % moment == 0 for moment in moments):
+        if stop or any(self.done % moment == 0 for moment in moments if moment):
             self.save(trainer)
         trainer.should_stop = trainer.should_stop or stop
         self.interrupted = stop
@@ -196,6 +199,19 @@ class RunCheckpoint(Checkpoint):
             part = self.policy_folder.with_name(f"{self.policy_folder.name}.part")
             pl_module.policy.save(part, weights)
             replace(part, self.policy_folder)
+
+
+def lost_ranks(trainer: Trainer, patience: float = 1.0) -> list[str]:
+    """A sentence for each process that Lightning started from this one and that has ended, with its exit code."""
+    lines = []
+    for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
+        try:
+            code = process.wait(patience)  # its connections close a moment before it is gone
+        except subprocess.TimeoutExpired:
+            continue
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        lines.append(f"Local rank {rank} {how}.")
+    return lines
 
 
 class SampleLog(Callback):

@@ -60,3 +60,53 @@ def assert_same(result: dict, expected: dict, exactly: bool = False) -> None:
 def test_two_processes_do_what_one_does(one, two, strategy, name):
     """Completions, rewards, metrics (so advantages, ELBOs, losses and the global gradient norm), weights."""
     assert_same(two[strategy, name, "whole"], one[name])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_processes_with_different_numbers_of_equal_groups_stay_in_step(two, strategy):
+    """One process has nothing to train on, the other has, and then neither has: nothing hangs, nothing is lost."""
+    rollouts = two[strategy, "skip", "whole"]["rollouts"]
+    assert any(0 in r["counted"] and max(r["counted"]) > 0 for r in rollouts)
+    assert any(max(r["counted"]) == 0 for r in rollouts)
+    assert all(r["rows"] == (max(r["counted"]),) * 2 for r in rollouts)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_a_nan_gradient_of_one_process_skips_the_update_of_all(one, two, strategy):
+    for result in (one["poison"], two[strategy, "poison", "whole"]):
+        assert [m["train/skipped_updates"] for m in result["metrics"]] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_gathering_once_per_rollout_saves_all_gathers(two, strategy):
+    """Of the same run: 4 rollouts x 4 steps x 3 units, less the first of each, and validation."""
+    plain, scattered = (two[strategy, name, "whole"]["gathers"] for name in ("plain", "scattered"))
+    assert plain <= scattered - 4 * 3 * 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_mixed_precision_scores_in_float32(one, two, strategy):
+    result = two[strategy, "bf16", "whole"]
+    assert {r["dtype"] for r in result["rollouts"]} == {torch.float32}
+    first, expected = (r["metrics"][0]["train/elbo_per_token"] for r in (result, one["bf16"]))
+    assert first == pytest.approx(expected, rel=0.02)
+    assert all(w.dtype == torch.float32 for w in result["weights"].values())
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_equals_the_whole_one(one, two, strategy, name):
+    assert len(two[strategy, name, "resumed"]["rollouts"]) == 2
+    assert_same(two[strategy, name, "resumed"], two[strategy, name, "whole"], exactly=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_on_one_process_goes_on_with_two(one, two, strategy):
+    assert_same(two[strategy, "sync", "resumed from one process"], one["sync"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2 full"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_on_two_processes_goes_on_with_one(folder, one, two, strategy, name):
+    resumed = two_processes.run(name, "auto", 1, folder, resume=folder / f"{strategy}_{name}.ckpt")
+    assert_same(resumed, one[name])

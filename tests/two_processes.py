@@ -6,6 +6,7 @@ As a program, it does all of them on two processes and saves what the first one 
 
 import math
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Record(Callback):
         mine = rollout.texts, rollout.rewards, len(rollout.completion), rollout.counted
         texts, rewards, rows, counted = zip(*gather(mine))
         self.rollouts.append({
-            "texts": sum(texts, []), "rewards": torch.cat(rewards), "rows": rows, "counted": counted, "dtype": terms,
+            "texts": [t for part in texts for t in part], "rewards": torch.cat(rewards), "rows": rows, "counted": counted, "dtype": terms,
         })  # fmt: skip
         timed = ("time/", "speed/")
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(timed)})
@@ -100,14 +101,15 @@ def run(name: str, strategy, devices: int, folder: Path, save: Path | None = Non
         callbacks=[record], val_check_interval=4, check_val_every_n_epoch=None, inference_mode=False,
         num_sanity_val_steps=0,
     )  # fmt: skip
-    with CountAllGathers() as gathers:
+    counted = name in ("plain", "scattered")
+    with CountAllGathers() if counted else nullcontext() as gathers:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return {
         "rollouts": record.rollouts,
         "metrics": record.metrics,
         "val": {k: v for k, v in module.summary.items() if k != "ci95"},
         "weights": {k: v.clone() for k, v in full_state_dict(module.policy).items()},
-        "gathers": gathers.count,
+        "gathers": gathers and gathers.count,
     }
 
 
@@ -118,8 +120,9 @@ def main(folder: Path) -> None:
         results[strategy, name, how] = run(name, STRATEGIES[strategy](), 2, folder, **files)
 
     for strategy in ("ddp", "fsdp", "fsdp2"):
-        for name in RUNS.keys() - RESUMED:
-            do(strategy, name)
+        for name in RUNS:
+            if name not in RESUMED:
+                do(strategy, name)
     for strategy in STRATEGIES:
         for name in RESUMED:
             own = folder / f"{strategy}_{name}.ckpt"
