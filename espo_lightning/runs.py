@@ -58,7 +58,7 @@ def check_space(folder: Path, policy: nn.Module, checkpoints: int) -> None:
         OSError: the folder cannot be written to, or there is not enough space.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ".probe", "")
+    write_text(folder / ".probe", "whether anything can be written at all")
     (folder / ".probe").unlink()
     weights, trained = (
         sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad or everything)

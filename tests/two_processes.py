@@ -67,11 +67,10 @@ class Record(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         rollout = module.last_rollout
         terms = None if rollout.old[-1] is None else rollout.old[-1].dtype
-        mine = rollout.texts, rollout.rewards, len(rollout.completion), rollout.counted
-        texts, rewards, rows, counted = zip(*gather(mine))
-        self.rollouts.append({
-            "texts": [t for part in texts for t in part], "rewards": torch.cat(rewards), "rows": rows, "counted": counted, "dtype": terms,
-        })  # fmt: skip
+        parts = gather((rollout.texts, rollout.rewards, len(rollout.completion), rollout.counted))
+        texts, rewards, rows, counted = zip(*parts)
+        both = {"texts": [t for part in texts for t in part], "rewards": torch.cat(rewards)}
+        self.rollouts.append({**both, "rows": rows, "counted": counted, "dtype": terms})
         timed = ("time/", "speed/")
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(timed)})
         if self.save and batch_idx == 1:
