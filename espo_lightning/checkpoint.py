@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from espo_lightning.adaptation import make_denoising
 from espo_lightning.formats import FORMATS, llada_names, make_config
 from espo_lightning.policy import Policy
+from espo_lightning.strategies import copy_weights
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -123,10 +124,15 @@ def attends_forward(policy: Policy) -> bool:
 
 
 class FrozenReference(nn.Module):
-    """A frozen copy of a policy, called like it."""
+    """A frozen copy of a policy, called like it.
 
-    def __init__(self, policy: Policy):
+    Args:
+        stored: whether it is part of checkpoints; a copy that never changes can be made again.
+    """
+
+    def __init__(self, policy: Policy, stored: bool = False):
         super().__init__()
+        self.stored = stored
         facts = {"mask_id": policy.mask_id, "shift": policy.shift, "causal": policy.causal}
         self.policy = Policy(deepcopy(policy.model), policy.tokenizer, **facts).requires_grad_(False).eval()
         self.mask_id, self.lengths = policy.mask_id, self.policy.lengths
@@ -139,11 +145,15 @@ class FrozenReference(nn.Module):
         """Stays in eval mode, whatever its parent does."""
         return super().train(False)
 
+    def state_dict(self, *args: Any, destination: dict | None = None, **kwargs: Any) -> dict:
+        if self.stored:
+            return super().state_dict(*args, destination=destination, **kwargs)
+        return {} if destination is None else destination
+
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights."""
-        for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
-            mine.copy_(theirs)
+        copy_weights(self.policy, policy)
 
 
 class AdapterOff:
@@ -167,9 +177,9 @@ class AdapterOff:
         )
 
 
-def make_reference(policy: Policy) -> FrozenReference | AdapterOff:
-    """The policy as it is now, or, if it has adapters, the base without them."""
-    return AdapterOff(policy) if policy.has_adapters else FrozenReference(policy)
+def make_reference(policy: Policy, *, stored: bool = False) -> FrozenReference | AdapterOff:
+    """The policy as it is now, or, if it has adapters, the base without them. stored: see `FrozenReference`."""
+    return AdapterOff(policy) if policy.has_adapters else FrozenReference(policy, stored)
 
 
 def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:

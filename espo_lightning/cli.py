@@ -1,5 +1,6 @@
 """Command lines: from a typed function to a program whose errors are one message and exit code 2."""
 
+import atexit
 import json
 import logging
 import os
@@ -7,10 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import transformers
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,7 +22,8 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from espo_lightning.runs import RESUME, RunCheckpoint
+from espo_lightning.runs import RESUME, DirectCheckpointIO, RunCheckpoint, check_space
+from espo_lightning.strategies import check, named
 
 BAD_INPUT = (ValueError, OSError)  # what constructors and loaders raise when an argument is wrong
 
@@ -62,16 +66,23 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def _leave() -> None:
+    """Leave the other processes in good order: gloo's threads may abort an interpreter that ends without."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
 
     Top-level arguments: ``seed`` (of everything; no global generator is touched), ``run_dir``,
-    ``checkpoint_every``, ``ckpt_path``.
+    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too.
     """
 
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
         self.command, self.defaults = command, defaults
         _quiet()
+        atexit.register(_leave)
         super().__init__(
             module_class,
             data_class,
@@ -90,6 +101,7 @@ class TrainingCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "accelerator": "auto",
                 "enable_model_summary": False,
+                "inference_mode": False,  # FSDP2's weights are updated in place, which inference tensors forbid
                 **trainer_defaults,
             },
         )
@@ -101,7 +113,13 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument("--checkpoint_every", type=int, default=10, help="training batches between checkpoints")
         parser.add_argument(
+            "--keep_checkpoints", type=int, default=2, help="the newest so many, and the best, are kept"
+        )
+        parser.add_argument(
             "--ckpt_path", type=str, default=None, help="resume from this checkpoint, in its run folder"
+        )
+        parser.add_argument(
+            "--timeout", type=float, default=1800, help="seconds that a process waits for the others before all fail"
         )
         parser.link_arguments("seed", "model.seed")
         parser.link_arguments("seed", "data.seed")
@@ -139,21 +157,42 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         """Lightning's trainer, with the run folder's CSV logger and checkpoints."""
-        config = self.config_init.trainer
+        config, plugins = self.config_init.trainer, self.config_init.trainer.plugins or []
         loggers = config.logger if isinstance(config.logger, list) else [config.logger]
-        if rank_zero_only.rank == 0:
-            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            earlier = self.run_dir / "metrics.csv"
-            if earlier.exists():  # CSVLogger would delete it
-                earlier.rename(self.run_dir / f"metrics.{len(list(self.run_dir.glob('metrics.*.csv'))):03d}.csv")
-            (self.run_dir / "config.yaml").write_text(self.saved_config)
-        self.checkpoint = RunCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every)
-        return super().instantiate_trainer(
-            logger=[*(x for x in loggers if isinstance(x, Logger)), CSVLogger(self.run_dir, name="", version="")],
+        keep = self.config.keep_checkpoints
+        folders = {"folder": self.run_dir / "checkpoints", "policy_folder": self.run_dir / "policy"}
+        self.checkpoint = RunCheckpoint(every=self.config.checkpoint_every, keep=keep, **folders)
+        trainer = super().instantiate_trainer(
+            strategy=named(config.strategy),
+            plugins=[*(plugins if isinstance(plugins, list) else [plugins]), DirectCheckpointIO()],
+            logger=[
+                *(x for x in loggers if isinstance(x, Logger)),
+                CSVLogger(self.run_dir, name="", version="", flush_logs_every_n_steps=1),
+            ],
             default_root_dir=self.run_dir,
             callbacks=[*(config.callbacks or []), *self.extra_callbacks(), self.checkpoint],
             **kwargs,
         )
+        self.check(trainer)
+        if rank_zero_only.rank == 0:
+            check_space(self.run_dir, self.model.policy, keep + 2)  # the best, and the one being written
+            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+            earlier = self.run_dir / "metrics.csv"
+            if earlier.exists():  # CSVLogger would delete it
+                earlier.rename(self.run_dir / f"metrics.{len(list(self.run_dir.glob('metrics.*.csv'))):03d}.csv")
+            (self.run_dir / "config.yaml").write_text(self.saved_config)
+        return trainer
+
+    def check(self, trainer) -> None:
+        """Refuse what cannot work with these processes, and set how long they wait for one another."""
+        check(trainer.strategy)
+        for name in ("batch_size", "eval_batch_size"):
+            if (size := getattr(self.datamodule, name)) % trainer.world_size:
+                raise ValueError(f"data.{name} {size} is not a multiple of the {trainer.world_size} processes")
+        if self.config.timeout <= 0:
+            raise ValueError(f"timeout must be positive, got {self.config.timeout}")
+        if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
+            trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
 
     def extra_callbacks(self) -> list[Callback]:
         """Callbacks of a subclass."""
@@ -163,16 +202,10 @@ class TrainingCLI(LightningCLI):
         """Train; after Ctrl-C, say how to resume and exit with 130."""
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
         if self.checkpoint.interrupted:
-            command = RESUME.format(command=self.command, folder=self.run_dir, checkpoint=self.checkpoint.latest)
+            command = RESUME.format(command=self.command, folder=self.run_dir, checkpoint=self.checkpoint.complete[-1])
             self.finish([f"stopped; resume with\n  {command}"])
-            raise SystemExit(130)
-
-    def save_policy(self) -> Path:
-        """Write the policy as a Hugging Face folder (adapters in peft's format)."""
-        folder = self.run_dir / "policy"
-        if self.trainer.is_global_zero:
-            self.model.policy.save(folder)
-        return folder
+            # another code than 0 from a process that Lightning started would have all others killed
+            raise SystemExit(130 if self.trainer.is_global_zero else 0)
 
     def finish(self, lines: list[str]) -> None:
         """Show closing lines on the first process."""

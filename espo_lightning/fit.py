@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from espo_lightning.cli import TrainingCLI
 from espo_lightning.data import PromptDataModule
 from espo_lightning.module import ESPOModule
-from espo_lightning.runs import SampleLog
+from espo_lightning.runs import SampleLog, write_text
 
 
 class FitCLI(TrainingCLI):
@@ -70,18 +70,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     stored = cli.run_dir / "before.json"
-    if stored.exists():  # a resumed run
+    if cli.config.ckpt_path is not None and stored.exists():
         before = json.loads(stored.read_text())
     else:
         trainer.validate(model, data, verbose=False)
         before = model.summary
         if trainer.is_global_zero:
-            stored.write_text(json.dumps(before))
+            write_text(stored, json.dumps(before))
     start = time.perf_counter()
     cli.fit()
     seconds = time.perf_counter() - start
     trainer.validate(model, data, verbose=False)
-    policy = cli.save_policy()
     if not trainer.is_global_zero:
         return
     summary = {
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": seconds,
         "settings": yaml.safe_load(cli.saved_config),
     }
-    (cli.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_text(cli.run_dir / "summary.json", json.dumps(summary, indent=1))
     curve = plot_rewards(cli.run_dir, summary)
     cli.finish(
         [
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name in ("summary.json", "metrics.csv", "samples.jsonl", "config.yaml")
             ),
             f"{'curve':15}{curve}",
-            f"{'policy':15}{policy}",
+            f"{'policy':15}{cli.checkpoint.policy_folder}",
         ]
     )
 

@@ -19,11 +19,14 @@ from espo_lightning.likelihood import ELBO, Likelihood
 from espo_lightning.masking import Masks, fold_in
 from espo_lightning.policy import Policy, Prompts
 from espo_lightning.sampler import Decoder, Decoding
+from espo_lightning.strategies import check, clip_grad_norm, gather, gathered, shard
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.verdicts import judge_all, summarise
 
 # logged as NaN if no completion of a rollout had a gradient
 UPDATE_METRICS = ("loss", "log_ratio", "log_ratio_max", "clip_low", "clip_high", "kl", "score_per_token")
+
+Share = tuple[float, float]  # sum and count of one process's values of a metric
 
 # purposes of random keys, folded into the seed
 DECODE, MASK, EVALUATE = range(3)
@@ -35,7 +38,8 @@ class Rollout(NamedTuple):
     The first six describe the N <= B completions that are trained on. prompts: `Prompts` [N, P].
     completion: int64 [N, L]. masks: U `Masks` [M, N, L], or one if they are reused. old, ref: as many terms
     [M, N, L] float32; old[0] is None until the first update, whose own terms it equals; ref None if beta is
-    0. advantages: [N]. rewards: [Q, G]. texts, verdicts: B each.
+    0. advantages: [N]. counted: of the N rows, the first so many have a gradient; the others only keep this process in
+    step with one that has more. rewards: [Q, G]. decoded: int64 [B, L], all completions. texts, verdicts: B each.
     """
 
     prompts: Prompts
@@ -44,7 +48,9 @@ class Rollout(NamedTuple):
     old: list[Tensor | None]
     ref: list[Tensor | None]
     advantages: Tensor
+    counted: int
     rewards: Tensor
+    decoded: Tensor
     texts: list[str]
     verdicts: list[Verdict]
 
@@ -78,6 +84,8 @@ class ESPOModule(LightningModule):
         max_grad_norm: clip the global gradient norm to this; null = do not clip.
         micro_batch: completions per forward and backward pass; null = all at once.
         view_by_view: backpropagate one mask view at a time: same gradient, the memory of one view, one more forward.
+        gather_rollouts: under FSDP, gather every weight once per rollout, not in every forward pass. Needs the memory
+            of the whole policy; false needs that of one layer, and is many times slower.
         compile: backend for torch.compile of the network, such as "inductor"; null = eager. Pays after a warm-up.
         max_skipped: stop after so many updates in a row with a NaN or infinite gradient.
         max_prompt_length: longest prompt in tokens; longer ones raise.
@@ -105,6 +113,7 @@ class ESPOModule(LightningModule):
         max_grad_norm: float | None = 1.0,
         micro_batch: int | None = None,
         view_by_view: bool = False,
+        gather_rollouts: bool = True,
         compile: str | None = None,
         max_skipped: int = 10,
         max_prompt_length: int = 512,
@@ -133,19 +142,28 @@ class ESPOModule(LightningModule):
         self.ratio, self.kl, self.beta, self.advantage = ratio, kl, beta, advantage
         length = decoding.length
         self.clip_range = losses.clip_range_of_nats(clip_nats, length) if clip_range is None else clip_range
-        self.reference = make_reference(policy) if beta else None
+        self.reference = make_reference(policy, stored=reference_sync is not None) if beta else None
         if compile is not None:
             for scored in (policy, self.reference.policy) if beta else (policy,):
                 scored.compile_network(compile)
-        self.reference_sync = reference_sync
+        self.reference_sync, self.strict_loading = reference_sync, bool(reference_sync)  # see on_save_checkpoint
         self.skip_equal_groups = skip_equal_groups
         self.optimizer, self.warmup, self.max_grad_norm = optimizer, warmup, max_grad_norm
-        self.micro_batch, self.view_by_view = micro_batch, view_by_view
+        self.micro_batch, self.view_by_view, self.gather_rollouts = micro_batch, view_by_view, gather_rollouts
         self.max_skipped, self.skipped_in_a_row = max_skipped, 0
         self.max_prompt_length, self.seed = max_prompt_length, seed
         self.rollouts = 0  # finished rollouts; with the seed, the whole state of the randomness
         self.last_rollout: Rollout | None = None  # for callbacks
         self.verdicts: list[Verdict] = []  # of the validation in progress
+
+    def configure_model(self) -> None:
+        """Shard policy and reference, if the strategy wants that. Lightning calls it before fits and validations."""
+        strategy = self.trainer.strategy
+        check(strategy)
+        self.policy = shard(self.policy, strategy, gather_rollouts=self.gather_rollouts)
+        if self.reference is not None:
+            mine = self.policy.has_adapters  # then the reference is this policy
+            self.reference.policy = self.policy if mine else shard(self.reference.policy, strategy)
 
     # ---- one training step -------------------------------------------------------------------------
 
@@ -173,10 +191,11 @@ class ESPOModule(LightningModule):
         return prompts, self.generate(prompts, fold_in(keys, DECODE), self.decoding), keys
 
     def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder) -> Tensor:
-        """Token ids [B, L]; all processes run equally many steps."""
-        return decoding.generate(
-            self.policy, prompts, keys, lambda more: self.trainer.strategy.reduce_boolean_decision(more, all=False)
-        )
+        """Completions [B, L] of prompts [B, P] with keys [B]; all processes run equally many steps."""
+        with gathered(self.policy) if self.gather_rollouts else nullcontext():
+            return decoding.generate(
+                self.policy, prompts, keys, lambda more: self.trainer.strategy.reduce_boolean_decision(more, all=False)
+            )
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
@@ -184,22 +203,25 @@ class ESPOModule(LightningModule):
         verdicts = judge_all([p for p in problems for _ in range(self.group_size)], texts)
         rewards = torch.tensor([v["reward"] for v in verdicts], device=completion.device).view(-1, self.group_size)
         advantages = self.advantage(rewards).flatten()
-        rows = self.rows_with_gradient(advantages)
+        rows, counted = self.rows_with_gradient(advantages)
         batch = prompts.of(rows), completion[rows]
         keys = fold_in(keys[rows], MASK)
         draws = self.updates if self.fresh_masks else 1
         masks = [self.likelihood.draw(fold_in(keys, u), self.decoding.length) for u in range(draws)]
         old = [None] + [self.score(self.policy, *batch, m) for m in masks[1:]]
         ref = [self.score(self.reference, *batch, m) for m in masks] if self.beta else [None] * draws
-        return Rollout(*batch, masks, old, ref, advantages[rows], rewards, texts, verdicts)
+        return Rollout(*batch, masks, old, ref, advantages[rows], counted, rewards, completion, texts, verdicts)
 
-    def rows_with_gradient(self, advantages: Tensor) -> Tensor:
-        """Indices of the completions to train on; every rank keeps equally many, so that collectives match."""
+    def rows_with_gradient(self, advantages: Tensor) -> tuple[Tensor, int]:
+        """Indices of the completions to train on, and how many of them have a gradient: these come first.
+
+        Every process keeps as many as the one that has most, so that collectives match; the surplus has advantage 0.
+        """
         needed = torch.ones_like(advantages, dtype=torch.bool)
         if self.skip_equal_groups and not self.beta:
             needed = advantages != 0
         most = int(self.trainer.strategy.reduce(needed.sum(), reduce_op="max"))
-        return needed.int().argsort(descending=True, stable=True)[:most]
+        return needed.int().argsort(descending=True, stable=True)[:most], int(needed.sum())
 
     @torch.no_grad()
     def score(self, policy, prompts: Prompts, completion: Tensor, masks: Masks) -> Tensor:
@@ -213,8 +235,8 @@ class ESPOModule(LightningModule):
         size = self.micro_batch or max(n, 1)
         return [slice(start, start + size) for start in range(0, n, size)]
 
-    def update(self, rollout: Rollout, u: int) -> dict[str, Tensor]:
-        """One optimizer step on the whole rollout, in micro-batches; its metrics.
+    def update(self, rollout: Rollout, u: int) -> dict[str, Share]:
+        """One optimizer step on the whole rollout, in micro-batches; this process's share of its metrics.
 
         A NaN or infinite gradient is never applied: the step only counts, the offending completions are
         named and the rollout is saved for inspection.
@@ -230,8 +252,8 @@ class ESPOModule(LightningModule):
             rollout.old[view] = (
                 torch.cat([piece.terms for piece in pieces], 1) if pieces else rollout.masks[view].weight
             )
-        norm = clip_grad_norm(self.policy, self.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
+        norm = clip_grad_norm(self.policy, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+        finite = bool(torch.isfinite(norm))  # the same on every process, as the norm is
         if not finite:
             optimizer.zero_grad()  # without gradients the step below only counts
             self.report_nonfinite(rollout, pieces)
@@ -239,22 +261,23 @@ class ESPOModule(LightningModule):
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         self.lr_schedulers().step()
-        metrics = {"grad_norm": norm, "lr": torch.tensor(learning_rate), "skipped_updates": torch.tensor(not finite)}
-        return {**dict.fromkeys(UPDATE_METRICS, norm.new_tensor(math.nan)), **metrics, **self.loss_metrics(pieces)}
+        metrics = {"grad_norm": (float(norm), 1), "lr": (learning_rate, 1), "skipped_updates": (float(not finite), 1)}
+        return {**dict.fromkeys(UPDATE_METRICS, (0.0, 0)), **metrics, **self.loss_metrics(pieces, rollout.counted)}
 
-    def loss_metrics(self, pieces: list["MicroBatch"]) -> dict[str, Tensor]:
-        """Means over the completions of an update; nothing if all groups were skipped."""
+    def loss_metrics(self, pieces: list["MicroBatch"], counted: int) -> dict[str, Share]:
+        """Of an update, over the first ``counted`` completions; nothing if all groups of all processes were skipped."""
         if not pieces:
             return {}
-        s = losses.LossStatistics(*(torch.cat(parts) for parts in zip(*(piece.statistics for piece in pieces))))
+        s = losses.LossStatistics(
+            *(torch.cat(parts)[:counted] for parts in zip(*(piece.statistics for piece in pieces)))
+        )
+        terms = torch.cat([piece.terms for piece in pieces], 1)[:, :counted]
+        named = {"clip_low": s.clip_low, "clip_high": s.clip_high, "kl": s.kl, "score_per_token": terms}
         return {
-            "loss": torch.stack([piece.loss for piece in pieces]).sum(),
-            "log_ratio": s.log_ratio.mean(),
-            "log_ratio_max": s.log_ratio.abs().max(),
-            "clip_low": s.clip_low.mean(),
-            "clip_high": s.clip_high.mean(),
-            "kl": s.kl.mean(),
-            "score_per_token": torch.cat([piece.terms for piece in pieces], 1).mean(),
+            "loss": (float(torch.stack([piece.loss for piece in pieces]).sum()), 1),
+            "log_ratio": share(s.log_ratio),
+            "log_ratio_max": (float(s.log_ratio.abs().max()) if counted else 0.0, 1),
+            **{name: share(values) for name, values in named.items()},
         }
 
     def accumulate(self, rollout: Rollout, view: int, rows: slice, last: bool) -> "MicroBatch":
@@ -275,35 +298,36 @@ class ESPOModule(LightningModule):
             kl=self.kl,
         )
         loss = loss * len(batch[1]) / rollout.rewards.numel()  # so that micro-batches add up to the mean over all
-        parts = [loss]
+        parts, n = [loss], 1
         if self.view_by_view:
             # the loss depends on the policy through its terms only: backpropagate d loss / d terms one view at a time
             (coefficient,) = torch.autograd.grad(loss, leaf)
             views = masks.single_views()
-            per_draw = len(views) // len(coefficient)
+            per_draw, n = len(views) // len(coefficient), len(views)
             parts = (
                 (coefficient[i // per_draw] * self.likelihood.terms(self.policy, *batch, single)).sum()
                 for i, single in enumerate(views)
             )
         # DDP reduces in every backward pass; only the last one needs it
-        quiet = nullcontext if last else getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        with quiet():
-            for part in parts:
+        quiet = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        for i, part in enumerate(parts):
+            with nullcontext() if last and i == n - 1 else quiet():
                 self.manual_backward(part)
         return MicroBatch(terms.detach(), loss.detach(), statistics)
 
     def report_nonfinite(self, rollout: Rollout, pieces: list["MicroBatch"]) -> None:
         """Name the completions whose score or loss is not finite, save the rollout, and give up after too many."""
-        bad = [
-            i for i, t in enumerate(torch.cat([p.terms for p in pieces], 1).sum((0, 2)).isfinite().tolist()) if not t
-        ]
-        path = Path(self.trainer.default_root_dir) / f"nonfinite_rollout_{self.rollouts}_rank{self.global_rank}.pt"
+        terms = torch.cat([piece.terms for piece in pieces], 1)
+        bad = (~terms.sum((0, 2)).isfinite()).nonzero().squeeze(-1).tolist()
+        name = f"nonfinite_rollout_{self.rollouts}_rank{self.global_rank}.pt"
+        path = Path(self.trainer.strategy.broadcast(str(self.trainer.default_root_dir))) / name
         tensors = {"prompt": rollout.prompts.ids, "completion": rollout.completion, "advantages": rollout.advantages}
         torch.save(tensors, path)
+        bad = ", ".join(f"{rows} of rank {rank}" for rank, rows in enumerate(gather(bad)) if rows)
         advice = "lower the learning rate or max_grad_norm, raise beta, or use float32"
         rank_zero_warn(
             f"rollout {self.rollouts}: the gradient is NaN or infinite (completions with a non-finite score: "
-            f"{bad or 'none'}); the update is skipped and the rollout saved as {path}"
+            f"{bad or 'none'}); the update is skipped and the rollout of every process saved like {path}"
         )
         if self.skipped_in_a_row >= self.max_skipped:
             raise FloatingPointError(
@@ -313,33 +337,37 @@ class ESPOModule(LightningModule):
 
     # ---- metrics, validation, optimizer, checkpoints -------------------------------------------------
 
-    def log_step(self, rollout: Rollout, updates: list[dict[str, Tensor]], seconds: dict[str, float]) -> None:
-        """One row of metrics per rollout; the README's dictionary explains each."""
-        rewards, tokens = rollout.rewards, rollout.rewards.numel() * self.decoding.length
-        lengths = self.policy.lengths(rollout.completion).float()
-        keys = sorted({key for v in rollout.verdicts for key in v} - {"reward"})
-        left = {} if self.policy.causal else {"rollout/mask_tokens": (rollout.completion == self.policy.mask_id).sum()}
-        means = {
-            "train/reward": rewards.mean(),
-            "train/reward_std": rewards.std(-1).mean(),
-            "train/zero_variance_groups": (rewards == rewards[:, :1]).all(-1).float().mean(),
-            "rollout/length": lengths.mean(),
-            "rollout/eos_rate": (lengths < self.decoding.length).float().mean(),
+    def log_step(self, rollout: Rollout, updates: list[dict[str, Share]], seconds: dict[str, float]) -> None:
+        """One row of metrics per rollout, of all processes; the README's dictionary explains each."""
+        rewards, lengths = rollout.rewards, self.policy.lengths(rollout.decoded)
+        left = {}
+        if not self.policy.causal:
+            left = {"rollout/mask_tokens": (float((rollout.decoded == self.policy.mask_id).sum()), 1)}
+        shares = {
+            "train/reward": share(rewards),
+            "train/reward_std": share(rewards.std(-1)),
+            "train/zero_variance_groups": share((rewards == rewards[:, :1]).all(-1)),
+            "rollout/length": share(lengths),
+            "rollout/eos_rate": share(lengths < self.decoding.length),
             **left,
-            **{f"reward/{key}": sum(v.get(key, 0.0) for v in rollout.verdicts) / len(rollout.verdicts) for key in keys},
-            **{f"time/{phase}": s for phase, s in seconds.items()},
-            "speed/rollout_tokens_per_s": tokens / seconds["rollout"],
-            "speed/update_tokens_per_s": tokens * self.updates / (seconds["score"] + seconds["update"]),
-            "rollout": float(self.rollouts),
-            "update": float(self.rollouts * self.updates),
+            **{f"time/{phase}": (s, 1) for phase, s in seconds.items()},
         }
-        for key in sorted(updates[0].keys() - {"log_ratio_max"}):
-            means[f"train/{key}"] = torch.stack([metrics[key].float() for metrics in updates]).mean()
-        self.log_dict({k: torch.as_tensor(v).float() for k, v in means.items()}, batch_size=1, sync_dist=True)
-        most = torch.stack([metrics["log_ratio_max"] for metrics in updates]).max()
-        self.log("train/log_ratio_max", most, batch_size=1, sync_dist=True, reduce_fx="max")
-        bar = {"reward": rewards.mean(), "updates": float(self.rollouts * self.updates)}
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1, sync_dist=True)
+        for key in updates[0].keys() - {"log_ratio_max"}:
+            shares[f"train/{key}"] = tuple(map(sum, zip(*(metrics[key] for metrics in updates))))
+        largest = [value for value, count in (metrics["log_ratio_max"] for metrics in updates) if count]
+        everyone = gather((shares, largest, rollout.verdicts))
+        means = pool([shares for shares, _, _ in everyone])
+        largest = [value for _, part, _ in everyone for value in part]
+        means["train/log_ratio_max"] = float(torch.tensor(largest).max()) if largest else math.nan  # NaN wins
+        verdicts = [v for _, _, part in everyone for v in part]
+        for key in sorted({key for v in verdicts for key in v} - {"reward"}):
+            means[f"reward/{key}"] = sum(v.get(key, 0.0) for v in verdicts) / len(verdicts)
+        tokens = len(verdicts) * self.decoding.length
+        means["speed/rollout_tokens_per_s"] = tokens / means["time/rollout"]
+        means["speed/update_tokens_per_s"] = tokens * self.updates / (means["time/score"] + means["time/update"])
+        means |= {"rollout": float(self.rollouts), "update": float(self.rollouts * self.updates)}
+        self.log_dict(means, batch_size=1)
+        self.log_dict({"reward": means["train/reward"], "updates": means["update"]}, prog_bar=True, logger=False)
 
     def on_validation_epoch_start(self) -> None:
         self.verdicts = []
@@ -352,13 +380,9 @@ class ESPOModule(LightningModule):
         self.verdicts += judge_all(problems, texts)
 
     def on_validation_epoch_end(self) -> None:
-        gathered: list = [None] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(gathered, self.verdicts)
-            self.verdicts = [v for part in gathered for v in part]
-        self.summary = summarise(self.verdicts)
+        self.summary = summarise([v for part in gather(self.verdicts) for v in part])
         metrics = {f"val/{key}": self.summary[key] for key in self.summary["ci95"]}
-        self.log_dict({**metrics, "rollout": float(self.rollouts)})
+        self.log_dict({**metrics, "rollout": float(self.rollouts)}, sync_dist=True)  # they are equal already
 
     def configure_optimizers(self):
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -366,19 +390,14 @@ class ESPOModule(LightningModule):
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Randomness is keyed, so the rollout counter is all that resume needs beside Lightning's own state.
+        """Randomness is keyed, so two counters are all that resume needs beside Lightning's own state.
 
-        A frozen reference is not stored: it is the base policy, rebuilt from its folder.
+        A frozen reference is not stored: it is the base policy, rebuilt from its folder. So loading is not strict.
         """
-        checkpoint["rollouts"] = self.rollouts
-        if not self.reference_sync:
-            checkpoint["state_dict"] = {
-                k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("reference.")
-            }
+        checkpoint |= {"rollouts": self.rollouts, "skipped_in_a_row": self.skipped_in_a_row}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.rollouts = checkpoint["rollouts"]
-        self.strict_loading = bool(self.reference_sync)
+        self.rollouts, self.skipped_in_a_row = checkpoint["rollouts"], checkpoint["skipped_in_a_row"]
 
 
 class MicroBatch(NamedTuple):
@@ -389,6 +408,12 @@ class MicroBatch(NamedTuple):
     statistics: losses.LossStatistics
 
 
-def clip_grad_norm(policy: Policy, max_norm: float | None) -> Tensor:
-    """Clip the global gradient norm; returns the norm before clipping."""
-    return torch.nn.utils.clip_grad_norm_(policy.parameters(), math.inf if max_norm is None else max_norm)
+def share(values: Tensor) -> Share:
+    """Sum and count of the values of this process."""
+    return float(values.double().sum()), values.numel()
+
+
+def pool(shares: list[dict[str, Share]]) -> dict[str, float]:
+    """Means over the values of all processes, each with its weight; NaN where there is not a single value."""
+    totals = {key: tuple(map(sum, zip(*(part[key] for part in shares)))) for key in shares[0]}
+    return {key: total / count if count else math.nan for key, (total, count) in totals.items()}

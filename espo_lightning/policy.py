@@ -199,10 +199,17 @@ class Policy(nn.Module):
             ~attention, torch.finfo(dtype).min
         )[:, None, None, :]
 
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft."""
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft.
+
+        Args:
+            state_dict: the complete weights of this policy, where it holds only its part of them (see `strategies`).
+        """
         # peft would otherwise ask the hub whether the embedding was resized
-        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.has_adapters else {}))
+        arguments = {"save_embedding_layers": False} if self.has_adapters else {}
+        if state_dict is not None:
+            arguments["state_dict"] = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        self.model.save_pretrained(folder, **arguments)
         self.tokenizer.save_pretrained(folder)
 
 

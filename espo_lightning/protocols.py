@@ -2,8 +2,8 @@
 
 The paper (arXiv:2512.03759) trains at 256 tokens and evaluates greedily at 128, 256 and 512, LLaDA in blocks of 32 with
 low-confidence remasking: two tokens a step for Sudoku and Countdown, 256 test problems each; one token a step for
-GSM8K, MATH and code. It evaluates Dream with another harness, whose settings are not known; ``dream`` here means Dream's
-own order and schedule on the whole canvas, at the same lengths and numbers of steps.
+GSM8K, MATH and code. It evaluates Dream with another harness, whose settings are not known; ``dream`` here means
+Dream's own order and schedule on the whole canvas, at the same lengths and numbers of steps.
 """
 
 from espo_lightning.sampler import Decoding, dream_schedule, entropy_order

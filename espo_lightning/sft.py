@@ -10,6 +10,7 @@ from espo_lightning.data import PromptDataModule
 from espo_lightning.likelihood import ELBO, Likelihood
 from espo_lightning.masking import fold_in
 from espo_lightning.policy import Policy
+from espo_lightning.strategies import shard
 from espo_lightning.tasks.base import Problem
 
 
@@ -56,6 +57,9 @@ class SFTModule(LightningModule):
         self.policy, self.length, self.likelihood = policy, length, likelihood
         self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
 
+    def configure_model(self) -> None:
+        self.policy = shard(self.policy, self.trainer.strategy)
+
     def training_step(self, problems: list[Problem], batch_idx: int) -> Tensor:
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
         answers = encode_answers(self.policy, [p.answer for p in problems], self.length)
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer_defaults={"limit_val_batches": 0},
     )
     cli.fit()
-    cli.finish([f"policy      {cli.save_policy()}"])
+    cli.finish([f"policy      {cli.checkpoint.policy_folder}"])
 
 
 if __name__ == "__main__":

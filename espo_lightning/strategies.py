@@ -1,0 +1,198 @@
+"""Sharding for Lightning's strategies: FSDP1 and FSDP2 around a `Policy`, and what differs between them.
+
+Lightning is the engine; a module calls `shard` in ``configure_model`` and everything else follows. The `Policy` is
+the root of the sharding, because its forward pass is the only way into the network. Its transformer layers are the
+units; embedding, last norm and head belong to the root, whose weights stay together for a whole forward pass. So the
+head may run in as many chunks as a process has tokens: no collective happens inside.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    OptimStateKeyType,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class FSDP(FSDPStrategy):
+    """Lightning's FSDP (torch's FSDP1), which also runs on CPUs: ``--trainer.strategy=fsdp``.
+
+    Its arguments are Lightning's. Full checkpoints are offloaded to the CPU only where they are not there already,
+    which torch answers with a segmentation fault.
+    """
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._state_dict_type == "sharded":
+            return super().lightning_module_state_dict()
+        return get_model_state_dict(self.model, options=_whole(self.root_device))
+
+    def optimizer_state(self, optimizer) -> dict[str, Any]:
+        if self._state_dict_type == "sharded":
+            return super().optimizer_state(optimizer)
+        plain = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
+        state = get_optimizer_state_dict(self.model, plain, options=_whole(self.root_device))
+        if self.global_rank:
+            return {}
+        return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
+
+
+class FSDP2(ModelParallelStrategy):
+    """FSDP2 over all processes: ``--trainer.strategy=fsdp2``.
+
+    Lightning's `ModelParallelStrategy` with one data-parallel group of everything; its own defaults would be tensor
+    parallelism, which needs a plan for every architecture.
+
+    Args:
+        save_distributed_checkpoint: every process writes its part, into a folder; false gathers one file.
+        process_group_backend, timeout: as in every strategy of Lightning.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, **arguments: Any):
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **arguments)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+NAMES = {"fsdp": FSDP, "fsdp2": FSDP2}  # what --trainer.strategy means here; other names are Lightning's
+
+
+def named(strategy: str | Strategy) -> str | Strategy:
+    """The strategy that a command line means by ``fsdp`` and ``fsdp2``; everything else as it is."""
+    return NAMES[strategy]() if strategy in NAMES else strategy
+
+
+def check(strategy: Strategy) -> None:
+    """Refuse, before any work, what would train something else than one process does.
+
+    Raises:
+        ValueError: a precision, DeepSpeed or tensor parallelism that cannot work here.
+    """
+    precision = getattr(strategy.precision_plugin, "precision", "32-true")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision must be 32-true or bf16-mixed, got {precision}: gradients are not scaled, and the type "
+            "of the weights themselves is --model.policy.dtype"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "trainer.strategy=deepspeed is not possible: its engine owns gradient clipping and accumulation, which "
+            "belong to an update here. fsdp2 shards the same (ZeRO-3), fsdp with gathered rollouts is ZeRO-2"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
+        raise ValueError(
+            "trainer.strategy=ModelParallelStrategy would split matrices (tensor parallelism), for which there is no "
+            "plan here: use fsdp2, its data-parallel half"
+        )
+
+
+def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = False) -> nn.Module:
+    """The policy, sharded as the strategy wants it; the policy itself under any other strategy, or if it is already.
+
+    Under bf16-mixed the weights are gathered, and computed with, in bfloat16; gradients are reduced in float32, and
+    inputs keep their type: a sampler's uniforms, and the rotary frequencies, would not survive 8 bits of mantissa.
+
+    Args:
+        policy: a `Policy`, still whole, the same on every process.
+        gather_rollouts: FSDP1 keeps the gathered weights from a forward pass to the next backward pass (ZeRO-2).
+    """
+    if isinstance(policy, (FullyShardedDataParallel, FSDPModule)):
+        return policy
+    layers = {type(layer) for layer in policy.language_model.model.layers}
+    mixed = torch.bfloat16 if getattr(strategy.precision_plugin, "precision", None) == "bf16-mixed" else None
+    if isinstance(strategy, FSDPStrategy):
+        precision = MixedPrecision(mixed, torch.float32, cast_root_forward_inputs=False) if mixed else None
+        settings = {"auto_wrap_policy": ModuleWrapPolicy(layers), **strategy.kwargs}
+        return FullyShardedDataParallel(
+            policy,
+            device_id=strategy.root_device,
+            sharding_strategy=ShardingStrategy.SHARD_GRAD_OP if gather_rollouts else strategy.sharding_strategy,
+            mixed_precision=strategy.mixed_precision or precision,
+            cpu_offload=strategy.cpu_offload,
+            **settings,
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        precision = MixedPrecisionPolicy(mixed, torch.float32 if mixed else None, cast_forward_inputs=False)
+        settings = {"mesh": strategy.device_mesh["data_parallel"], "mp_policy": precision}
+        for layer in policy.language_model.model.layers:
+            fully_shard(layer, **settings)
+        trained = any(p.requires_grad for p in policy.parameters())  # the root then waits for its backward pass
+        return fully_shard(policy, reshard_after_forward=not trained, **settings)
+    return policy
+
+
+@contextmanager
+def gathered(policy: nn.Module) -> Iterator[None]:
+    """Under FSDP2, layers stay whole after their first forward pass in here. FSDP1 decides that in `shard`."""
+    layers = policy.language_model.model.layers if isinstance(policy, FSDPModule) else ()
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+
+
+def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
+    """Clip the norm of the gradient over all parameters of all processes; returns the norm before clipping."""
+    if isinstance(policy, FullyShardedDataParallel):
+        return policy.clip_grad_norm_(max_norm)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def full_state_dict(policy: nn.Module) -> dict[str, Tensor]:
+    """The complete weights under their plain names. Every process takes part; only the first need receive them."""
+    if isinstance(policy, (FullyShardedDataParallel, FSDPModule)):
+        return get_model_state_dict(policy, options=_whole(policy.device))
+    return policy.state_dict()
+
+
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Give a policy the weights of another that is sharded alike, every process its own part."""
+    with _in_parts(target), _in_parts(source):
+        target.load_state_dict(source.state_dict())
+
+
+def gather(value: Any) -> list[Any]:
+    """The picklable value of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _in_parts(policy: nn.Module):
+    """State dictionaries hold this process's part: always under FSDP2, in here under FSDP1."""
+    if isinstance(policy, FullyShardedDataParallel):
+        return FullyShardedDataParallel.state_dict_type(policy, StateDictType.SHARDED_STATE_DICT)
+    return nullcontext()
+
+
+def _whole(device: torch.device) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=device.type != "cpu")

@@ -1,0 +1,399 @@
+"""Two processes against one: the same rollouts, updates and metrics under every strategy, resume, and failures."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from conftest import small_policy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from two_processes import RESUMED, RUNS, STRATEGIES
+
+from espo_lightning import fit, load_policy
+from espo_lightning.strategies import FSDP, FSDP2, check, named
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> dict:
+    """Every run on one process: the oracle."""
+    return {
+        name: two_processes.run(name, "auto", 1, folder, save=folder / f"one_{name}.ckpt" if name in RESUMED else None)
+        for name in RUNS
+    }
+
+
+@pytest.fixture(scope="module")
+def two(folder, one) -> dict:
+    """Every run on two processes, under each strategy."""
+    command = [sys.executable, HERE / "two_processes.py", folder]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def assert_same(result: dict, expected: dict, exactly: bool = False) -> None:
+    """The last rollouts of a run, as many as it has, its metrics, its validation and its final weights."""
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 5e-6}
+    start = len(expected["rollouts"]) - len(result["rollouts"])
+    for mine, other in zip(result["rollouts"], expected["rollouts"][start:], strict=True):
+        assert mine["texts"] == other["texts"]
+        assert torch.equal(mine["rewards"], other["rewards"])
+    for mine, other in zip(result["metrics"], expected["metrics"][start:], strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True, **tolerance)
+    torch.testing.assert_close(result["val"], expected["val"], **tolerance)
+    assert result["weights"].keys() == expected["weights"].keys()
+    torch.testing.assert_close(result["weights"], expected["weights"], **tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - {"bf16"}))
+def test_two_processes_do_what_one_does(one, two, strategy, name):
+    """Completions, rewards, metrics (so advantages, ELBOs, losses and the global gradient norm), weights."""
+    assert_same(two[strategy, name, "whole"], one[name])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_processes_with_different_numbers_of_equal_groups_stay_in_step(two, strategy):
+    """One process has nothing to train on, the other has, and then neither has: nothing hangs, nothing is lost."""
+    rollouts = two[strategy, "skip", "whole"]["rollouts"]
+    assert any(0 in r["counted"] and max(r["counted"]) > 0 for r in rollouts)
+    assert any(max(r["counted"]) == 0 for r in rollouts)
+    assert all(r["rows"] == (max(r["counted"]),) * 2 for r in rollouts)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_a_nan_gradient_of_one_process_skips_the_update_of_all(one, two, strategy):
+    for result in (one["poison"], two[strategy, "poison", "whole"]):
+        assert [m["train/skipped_updates"] for m in result["metrics"]] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_gathering_once_per_rollout_saves_all_gathers(two, strategy):
+    """Of the same run: 4 rollouts x 4 steps x 3 units, less the first of each, and validation."""
+    plain, scattered = (two[strategy, name, "whole"]["gathers"] for name in ("plain", "scattered"))
+    assert plain <= scattered - 4 * 3 * 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+def test_mixed_precision_scores_in_float32(one, two, strategy):
+    result = two[strategy, "bf16", "whole"]
+    assert {r["dtype"] for r in result["rollouts"]} == {torch.float32}
+    first, expected = (r["metrics"][0]["train/score_per_token"] for r in (result, one["bf16"]))
+    assert first == pytest.approx(expected, rel=0.02)
+    assert all(w.dtype == torch.float32 for w in result["weights"].values())
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_equals_the_whole_one(one, two, strategy, name):
+    assert len(two[strategy, name, "resumed"]["rollouts"]) == 2
+    assert_same(two[strategy, name, "resumed"], two[strategy, name, "whole"], exactly=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_on_one_process_goes_on_with_two(one, two, strategy):
+    assert_same(two[strategy, "sync", "resumed from one process"], one["sync"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2 full"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_on_two_processes_goes_on_with_one(folder, one, two, strategy, name):
+    resumed = two_processes.run(name, "auto", 1, folder, resume=folder / f"{strategy}_{name}.ckpt")
+    assert_same(resumed, one[name])
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+TINY = [
+    "--data.task=failing_tasks.Failing",  # which does not, unless told to
+    "--data.batch_size=2",
+    "--data.eval_problems=8",
+    "--data.eval_batch_size=8",
+    "--model.group_size=4",
+    "--model.optimizer.lr=0.01",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]
+FIT = [sys.executable, "-m", "espo_lightning.fit", *TINY]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("policy") / "tiny"
+    small_policy().save(path)
+    return f"--model.policy.path={path}"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory) -> Path:
+    """A run on one process."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    fit.main([*TINY, tiny, f"--run_dir={run_dir}", "--data.batches=6", "--trainer.val_check_interval=2"])
+    base = small_policy().state_dict()
+    assert max((w - base[k]).abs().max() for k, w in weights(run_dir).items()) > 0.05  # there is something to compare
+    return run_dir
+
+
+def weights(run_dir: Path) -> dict:
+    return load_policy(run_dir / "policy").state_dict()
+
+
+def start(arguments, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
+    return subprocess.Popen([*FIT, *map(str, arguments)], **pipes | options)
+
+
+def wait_for(path: Path, lines: int, process) -> None:
+    deadline = time.monotonic() + 300
+    while not (path.exists() and len(path.read_text().splitlines()) >= lines):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_plain_fsdp_on_the_command_line_leaves_a_complete_run_folder(whole, tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start([
+        tiny, "--trainer.strategy=fsdp", "--trainer.devices=2", f"--run_dir={run_dir}", "--data.batches=6",
+        "--trainer.val_check_interval=2",
+    ])  # fmt: skip
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    torch.testing.assert_close(weights(run_dir), weights(whole), rtol=1e-4, atol=5e-6)
+    mine, expected = (json.loads((d / "summary.json").read_text()) for d in (run_dir, whole))
+    assert mine["rollouts"] == expected["rollouts"] == 6
+    assert mine["after"] == expected["after"]
+
+
+def test_fsdp2_stops_at_ctrl_c_and_goes_on_from_a_folder_of_shards(whole, tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--data.batches=6", "--trainer.val_check_interval=2"]
+    process = start([tiny, *flags, f"--run_dir={run_dir}"])
+    wait_for(run_dir / "samples.jsonl", 4, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    (command,) = [line.strip() for line in output.splitlines() if "--ckpt_path" in line]
+    checkpoint = Path(command.split()[-1])
+    assert checkpoint.is_dir()
+    assert not (run_dir / "policy").exists()
+    process = start(command.split()[3:])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    torch.testing.assert_close(weights(run_dir), weights(whole), rtol=1e-4, atol=5e-6)
+
+
+FAILING = ["--trainer.devices=2", "--data.batches=5", "--checkpoint_every=1"]
+
+
+def fail(run_dir: Path, tiny: str, *flags: str) -> tuple[int, str]:
+    """Exit code and output of a run in which something happens in the third rollout; its checkpoint must be good."""
+    process = start([tiny, *FAILING, f"--run_dir={run_dir}", *flags])
+    output, _ = process.communicate(timeout=300)
+    (name,) = {p.name for p in (run_dir / "checkpoints").iterdir()} - {"batch_000001.ckpt"}
+    assert name == "batch_000002.ckpt"
+    assert torch.load(run_dir / "checkpoints" / name, weights_only=True)["rollouts"] == 2
+    return process.returncode, output
+
+
+def test_a_process_that_raises_stops_all_and_names_itself_and_the_checkpoint(tiny, tmp_path):
+    code, output = fail(tmp_path / "run", tiny, "--data.task.mode=raise", "--trainer.strategy=ddp")
+    assert code in (1, -signal.SIGKILL)  # Lightning kills the first process if it does not notice by itself
+    assert "rank 1 of 2 failed after 2 batches: KeyError: 'the third batch'" in output
+    assert f"Last checkpoint: {tmp_path}/run/checkpoints/batch_000002.ckpt" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("raise", "rank 0 of 2 failed after 2 batches: KeyError"), ("kill", "Local rank 1 was killed by signal 9")],
+)
+def test_a_process_that_is_lost_stops_all(tiny, tmp_path, strategy, mode, message):
+    rank = 0 if mode == "raise" else 1
+    flags = (f"--data.task.mode={mode}", f"--data.task.rank={rank}", f"--trainer.strategy={strategy}")
+    code, output = fail(tmp_path / "run", tiny, *flags)
+    assert code == 1, output
+    assert message in output
+
+
+@pytest.mark.slow
+def test_a_verifier_slower_than_the_timeout_stops_all(tiny, tmp_path):
+    begin = time.monotonic()
+    flags = ("--data.task.mode=sleep", "--data.task.rank=1", "--trainer.strategy=ddp", "--timeout=60")
+    code, output = fail(tmp_path / "run", tiny, *flags)
+    assert code == 1, output
+    assert time.monotonic() - begin < 240
+    assert "rank 0 of 2 failed after 2 batches" in output
+    assert "timeout" in output.lower()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(whole, tiny, tmp_path):
+    flags = [tiny, "--trainer.strategy=fsdp2", "--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *FIT[1:]]
+    options = ["--data.batches=6", "--trainer.val_check_interval=2"]
+    done = subprocess.run([*command, *flags, *options], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(whole), rtol=1e-4, atol=5e-6)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tiny, tmp_path):
+    """With a learning rate of 0 every validation is equal, so the first is the best."""
+    run_dir = tmp_path / "run"
+    often = ["--data.batches=7", "--checkpoint_every=3", "--trainer.val_check_interval=2", "--keep_checkpoints=3"]
+    fit.main([*TINY, tiny, *often, f"--run_dir={run_dir}", "--model.optimizer.lr=0"])
+    names = sorted(p.name for p in (run_dir / "checkpoints").glob("*.ckpt"))
+    assert names == [f"batch_{n:06d}.ckpt" for n in (2, 4, 6, 7)]
+    best = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+    assert best == {"checkpoint": "batch_000002.ckpt", "batches": 2, "val/reward": pytest.approx(best["val/reward"])}
+
+
+def test_resuming_forgets_a_best_that_is_still_to_come(tiny, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    old = {"checkpoint": "batch_000006.ckpt", "batches": 6, "val/reward": 2.0}
+    (run_dir / "checkpoints" / "best.json").write_text(json.dumps(old))
+    resume = ["--data.batches=6", "--trainer.val_check_interval=2"]
+    first = sorted((run_dir / "checkpoints").glob("*.ckpt"))[0]
+    fit.main([*TINY, tiny, *resume, f"--ckpt_path={first}"])
+    assert json.loads((run_dir / "checkpoints" / "best.json").read_text())["val/reward"] < 2
+    assert all(torch.equal(w, weights(whole)[k]) for k, w in weights(run_dir).items())
+
+
+def die_and_resume(tiny: str, run_dir: Path, whole: Path, deaths: int) -> None:
+    """kill -9 at random moments, resume from the newest checkpoint each time; the end must be that of one life."""
+    processes = multiprocessing.get_context("forkserver")  # imports once
+    processes.set_forkserver_preload(["espo_lightning.fit"])
+    moments, checkpoints = random.Random(0), run_dir / "checkpoints"
+    common = [*TINY, tiny, "--data.batches=6", "--trainer.val_check_interval=2", "--checkpoint_every=1"]
+    for life in range(deaths + 1):
+        newest = [f"--ckpt_path={p}" for p in sorted(checkpoints.glob("batch_*.ckpt"))[-1:]]
+        if not newest:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        process = processes.Process(target=fit.main, args=([*common, f"--run_dir={run_dir}", *newest],))
+        process.start()
+        if life < deaths:
+            before = len(list(checkpoints.glob("*.ckpt*")))
+            while process.is_alive() and len(list(checkpoints.glob("*.ckpt*"))) == before:  # until it gets going
+                time.sleep(0.001)
+            process.join(moments.uniform(0, 0.1))
+            process.kill()
+        process.join()
+        for path in checkpoints.glob("batch_*.ckpt"):
+            assert torch.load(path, weights_only=True)["rollouts"] == int(path.stem[6:])
+    assert process.exitcode == 0
+    assert all(torch.equal(w, weights(whole)[k]) for k, w in weights(run_dir).items())
+
+
+def test_kill_9_leaves_a_checkpoint_that_loads(tiny, whole, tmp_path):
+    die_and_resume(tiny, tmp_path / "run", whole, deaths=1)
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_moments(tiny, whole, tmp_path):
+    die_and_resume(tiny, tmp_path / "run", whole, deaths=20)
+
+
+# ---- errors before training ----------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as error:
+        fit.main([*TINY, *map(str, arguments)])
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_space_is_an_error_before_training(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 10**4))
+    message = refused(capsys, tiny, f"--run_dir={tmp_path / 'run'}")
+    assert "0.0 GB free, but 4 checkpoints at once and the final policy need about 0.0 GB" in message
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@contextmanager
+def file_size_limit(limit: int):
+    """Every write beyond it fails, as on a full disk, even for root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(tiny, tmp_path, capsys):
+    with file_size_limit(0):
+        message = refused(capsys, tiny, f"--run_dir={tmp_path / 'run'}")
+    assert "File too large" in message
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny, whole, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    first = sorted((run_dir / "checkpoints").glob("*.ckpt"))[0]
+    resume = [*TINY, tiny, "--data.batches=6", "--trainer.val_check_interval=2", f"--ckpt_path={first}"]
+    with file_size_limit(first.stat().st_size // 2), pytest.raises(OSError, match=r"batch_\d+.ckpt could not be writ"):
+        fit.main(resume)
+    assert list((run_dir / "checkpoints").glob("*.part"))
+    fit.main(resume)
+    assert not list((run_dir / "checkpoints").glob("*.part"))
+    assert all(torch.equal(w, weights(whole)[k]) for k, w in weights(run_dir).items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.devices=3"], "data.batch_size 2 is not a multiple of the 3 processes"),
+        (["--trainer.precision=bf16-true"], "trainer.precision must be 32-true or bf16-mixed, got bf16-true"),
+        (["--timeout=0"], "timeout must be positive"),
+        (["--keep_checkpoints=0"], "keep_checkpoints must be at least 1"),
+        (["--trainer.strategy=fdsp"], "fdsp"),
+        (["--trainer.strategy=deepspeed"], "DeepSpeed"),
+    ],
+)
+def test_contradictions_are_errors_before_training(tiny, tmp_path, capsys, flags, message):
+    assert message in refused(capsys, tiny, f"--run_dir={tmp_path / 'run'}", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_strategies_by_name():
+    assert isinstance(named("fsdp"), FSDP)
+    assert isinstance(named("fsdp2"), FSDP2)
+    assert named("ddp") == "ddp"
+
+
+def test_tensor_parallelism_and_deepspeed_are_refused_with_a_way_out():
+    with pytest.raises(ValueError, match="use fsdp2"):
+        check(ModelParallelStrategy())
+    deepspeed = object.__new__(DeepSpeedStrategy)  # its constructor needs the package
+    deepspeed._precision_plugin = DDPStrategy().precision_plugin
+    with pytest.raises(ValueError, match="fsdp2 shards the same"):
+        check(deepspeed)

@@ -1,0 +1,137 @@
+"""The runs that test_distributed.py compares: the same four rollouts on one process and on two, under each strategy.
+
+As a program, it does all of them on two processes and saves what the first one saw:
+``python tests/two_processes.py FOLDER``, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process.
+"""
+
+import math
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import Letters, small_module, small_policy
+from lightning.pytorch import Callback, Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from espo_lightning import LoRA, PromptDataModule
+from espo_lightning.checkpoint import _add_adapter
+from espo_lightning.strategies import FSDP, FSDP2, full_state_dict, gather
+
+STRATEGIES = {
+    "ddp": lambda: "ddp",
+    "fsdp": FSDP,
+    "fsdp sharded": partial(FSDP, state_dict_type="sharded"),
+    "fsdp2": FSDP2,
+    "fsdp2 full": partial(FSDP2, save_distributed_checkpoint=False),
+}
+
+
+def lora_policy(base=torch.float32):
+    """Adapters of float32 on a base of another type, as `load_policy` makes them."""
+    policy = small_policy()
+    policy.model = _add_adapter(policy.model.to(base), LoRA(rank=2, alpha=4))
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return policy
+
+
+ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "warmup": 6}
+RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken out first
+    "plain": {"max_grad_norm": 1e-3, "micro_batch": 3},
+    "skip": {"beta": 0.0, "micro_batch": 2, "group_size": 3},
+    "views": {"view_by_view": True, "micro_batch": 3},
+    "scattered": {"gather_rollouts": False, "max_grad_norm": 1e-3, "micro_batch": 3},
+    "sync": {"reference_sync": 2, **ADAM},
+    "lora": {"policy": lora_policy, **ADAM},
+    "poison": {"poison": True},
+    "bf16": {"precision": "bf16-mixed", **ADAM},
+}
+RESUMED = ("sync", "lora")  # saved after the second rollout
+
+
+class Record(Callback):
+    """What every rollout was on all processes together, in the order of the ranks, and its metrics."""
+
+    def __init__(self, poison: bool, save: Path | None):
+        self.poison, self.save, self.rollouts, self.metrics = poison, save, [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if self.poison:  # one process is enough
+            bad = batch_idx == 1 and module.global_rank == trainer.world_size - 1
+            module.ratio = lambda new, old: (new - old).mean((0, 2)).exp()[:, None] * (math.nan if bad else 1)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        rollout = module.last_rollout
+        terms = None if rollout.old[-1] is None else rollout.old[-1].dtype
+        parts = gather((rollout.texts, rollout.rewards, len(rollout.completion), rollout.counted))
+        texts, rewards, rows, counted = zip(*parts)
+        both = {"texts": [t for part in texts for t in part], "rewards": torch.cat(rewards)}
+        self.rollouts.append({**both, "rows": rows, "counted": counted, "dtype": terms})
+        timed = ("time/", "speed/")
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(timed)})
+        if self.save and batch_idx == 1:
+            trainer.save_checkpoint(self.save)
+
+
+class CountAllGathers(TorchDispatchMode):
+    """Counts the all-gathers of this thread: those of weights, and the few others."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in function.__name__
+        return function(*args, **(kwargs or {}))
+
+
+def run(name: str, strategy, devices: int, folder: Path, save: Path | None = None, resume: Path | None = None) -> dict:
+    """Four rollouts of four prompts: what happened, the complete final weights, the number of all-gathers."""
+    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name]}
+    poison, precision = settings.pop("poison", False), settings.pop("precision", "32-true")
+    module = small_module(settings.pop("policy", small_policy)(), **settings)
+    data = PromptDataModule(Letters(), batch_size=4, batches=4, eval_problems=4, eval_batch_size=4)
+    record = Record(poison, save)
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, precision=precision, max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[record], val_check_interval=4, check_val_every_n_epoch=None, inference_mode=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    counted = name in ("plain", "scattered")
+    with CountAllGathers() if counted else nullcontext() as gathers:
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return {
+        "rollouts": record.rollouts,
+        "metrics": record.metrics,
+        "val": {k: v for k, v in module.summary.items() if k != "ci95"},
+        "weights": {k: v.clone() for k, v in full_state_dict(module.policy).items()},
+        "gathers": gathers and gathers.count,
+    }
+
+
+def main(folder: Path) -> None:
+    results = {}
+
+    def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
+        results[strategy, name, how] = run(name, STRATEGIES[strategy](), 2, folder, **files)
+
+    for strategy in ("ddp", "fsdp", "fsdp2"):
+        for name in RUNS:
+            if name not in RESUMED:
+                do(strategy, name)
+    for strategy in STRATEGIES:
+        for name in RESUMED:
+            own = folder / f"{strategy}_{name}.ckpt"
+            do(strategy, name, save=own)
+            do(strategy, name, "resumed", resume=own)
+        do(strategy, "sync", "resumed from one process", resume=folder / "one_sync.ckpt")
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
