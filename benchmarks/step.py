@@ -40,7 +40,8 @@ class Setting:
     """A row of the table. ``same_work``: the library does the same statistical work as the straightforward version.
 
     draws, micro_batch: of both sides; micro_batch None = all 12 completions at once.
-    module, trainer: further arguments of the library's `ESPOModule` and Lightning's `Trainer`.
+    module: further arguments of the library's `ESPOModule`.
+    dtype: of the library's weights.
     compile: run the library's networks through torch.compile.
     """
 
@@ -49,7 +50,7 @@ class Setting:
     micro_batch: int | None = None
     same_work: bool = True
     module: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
     compile: bool = False
 
 
@@ -60,14 +61,14 @@ SETTINGS = [
     Setting("M=2, 3 x 4", draws=2, micro_batch=3),
     Setting("reused masks", same_work=False, module={"fresh_masks": False}),
     Setting("beta=0, skip groups", same_work=False, module={"beta": 0.0}),
-    Setting("bf16", same_work=False, trainer={"precision": "bf16-true"}),
+    Setting("bf16", same_work=False, dtype="bfloat16"),
     Setting("compile", compile=True),
     Setting("M=2, compile", draws=2, compile=True),
     Setting(
         "all of these",
         same_work=False,
         module={"fresh_masks": False, "beta": 0.0},
-        trainer={"precision": "bf16-true"},
+        dtype="bfloat16",
         compile=True,
     ),
 ]
@@ -166,6 +167,7 @@ def fit(policy: Policy, setting: Setting, batches: int, callbacks: list[Callback
         "max_grad_norm": MAX_NORM,
         "micro_batch": setting.micro_batch,
     }
+    policy.to(getattr(torch, setting.dtype))
     module = Timed(policy, **{**arguments, **setting.module})
     if setting.compile:
         policy.model.model.compile()
@@ -182,7 +184,6 @@ def fit(policy: Policy, setting: Setting, batches: int, callbacks: list[Callback
             enable_model_summary=False,
             limit_val_batches=0,
             callbacks=callbacks,
-            **setting.trainer,
         )
         trainer.fit(module, datamodule=PromptDataModule(Letters(), batch_size=PROMPTS, batches=batches))
 
