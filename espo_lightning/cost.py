@@ -164,6 +164,15 @@ def memory(
     }
 
 
+def expected_work(rollout: Passes, likelihood: Likelihood, completions: int, length: int, sets: int, **options) -> Work:
+    """The mean of `work` over many draws of the masks, ``sets`` of them per rollout. options: see `work`."""
+    repeats = math.ceil(SAMPLES / completions / sets)
+    drawn = likelihood.draw(fold_in(0, torch.arange(repeats * sets * completions)), length)
+    masks = [drawn.of(slice(i, i + completions)) for i in range(0, repeats * sets * completions, completions)]
+    sampled = [work(rollout, masks[i : i + sets], **options) for i in range(0, len(masks), sets)]
+    return Work(*(sum(phase, rollout * 0) * (1 / repeats) for phase in zip(*sampled)))
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -215,25 +224,21 @@ def cost(
     Returns:
         "network", "parameters", "gpus" and "table": group -> row -> one value per column.
     """
-    if min(prompt_length, prompts_per_gpu, group_size, updates, micro_batch, *gpus) < 1:
-        raise ValueError("prompt_length, prompts_per_gpu, group_size, updates, micro_batch and gpus must be at least 1")
+    counts = {"prompt_length": prompt_length, "prompts_per_gpu": prompts_per_gpu, "group_size": group_size}
+    counts |= {"updates": updates, "micro_batch": micro_batch, "lora_rank": lora_rank, "gpus": min(gpus, default=0)}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if shards is not None and (shards < 1 or any(n % shards for n in gpus)):
         raise ValueError(f"every number of gpus must be a multiple of shards, got gpus={gpus} and shards={shards}")
+    if output is not None and Path(output).exists():
+        raise ValueError(f"output {output} exists already: name another file, or remove it")
     network, rank, completions = read_network(policy), lora_rank or 0, prompts_per_gpu * group_size
     rollout = decoding_passes(decoding, completions, prompt_length + decoding.length)
 
-    def expected() -> Work:
-        """The mean over many draws of the masks."""
-        options = {"updates": updates, "reference": beta != 0, "micro_batch": micro_batch, "view_by_view": view_by_view}
-        sets = torch.arange(updates if fresh_masks else 1).unsqueeze(-1)
-        repeats = math.ceil(SAMPLES / completions / len(sets))
-        sampled = []
-        for i in range(repeats):
-            keys = fold_in(fold_in(i, sets), torch.arange(completions))
-            sampled.append(work(rollout, [likelihood.draw(k, decoding.length) for k in keys], **options))
-        return Work(*(sum(phase, rollout * 0) * (1 / repeats) for phase in zip(*sampled)))
-
-    w, draws = expected(), getattr(likelihood, "draws", 1)
+    options = {"updates": updates, "reference": beta != 0, "micro_batch": micro_batch, "view_by_view": view_by_view}
+    w = expected_work(rollout, likelihood, completions, decoding.length, updates if fresh_masks else 1, **options)
+    draws = getattr(likelihood, "draws", 1)
     spent = flops(network, w, rank, gradient_checkpointing)
     paper = 2 * network.parameters * rollout.width * completions
     columns = []

@@ -96,13 +96,10 @@ def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
 
 def scoring_passes(masks: Masks, width: int, micro_batch: int) -> Passes:
     """Those of `score` in micro-batches: no row with nothing hidden, but at least one per call."""
-    calls = rows = positions = 0
-    for start in range(0, masks.hidden.shape[1], micro_batch):
-        hidden = masks.hidden[:, start : start + micro_batch]
-        views = torch.cat([hidden, ~hidden] if masks.coupled else [hidden]).flatten(0, 1)
-        used = views.any(-1)
-        calls, rows, positions = calls + 1, rows + int(used.sum()) + int(not used[0]), positions + int(views.sum())
-    return Passes(calls, rows, width, positions)
+    views = torch.cat([masks.hidden, ~masks.hidden]) if masks.coupled else masks.hidden  # [H M, B, L]
+    used = views.any(-1)
+    idle = ~used[0, ::micro_batch]  # the first row of a call always runs
+    return Passes(len(idle), int(used.sum() + idle.sum()), width, int(views.sum()))
 
 
 class Work(NamedTuple):

@@ -319,14 +319,18 @@ def test_json_holds_the_table(tmp_path, capsys):
     assert written["table"]["completions per rollout"][""] == [96]
     assert written["network"]["hidden_size"] == 4096
     assert "completions per rollout                 96" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # an earlier result is never overwritten
+        calculator.main([f"--output={tmp_path / 'cost.json'}"])
 
 
-@pytest.mark.parametrize("flags", [["--updates=0"], ["--gpus=[8,12]", "--shards=8"], ["--shards=0"]])
-def test_impossible_settings_are_errors(flags, capsys):
+@pytest.mark.parametrize(
+    "flags", [["--updates=0"], ["--lora_rank=0"], ["--gpus=[]"], ["--gpus=[8,12]", "--shards=8"], ["--shards=0"]]
+)
+def test_impossible_settings_are_errors_that_name_them(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         calculator.main(flags)
     assert stop.value.code == 2
-    assert "must be" in capsys.readouterr().err
+    assert flags[-1][2:].partition("=")[0] in capsys.readouterr().err
 
 
 VARIABLES = dict(re.findall(r'^([A-Z]+)="(.*)"$', PAGE.read_text(), flags=re.MULTILINE))
