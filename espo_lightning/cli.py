@@ -185,7 +185,7 @@ class TrainingCLI(LightningCLI):
 
     def check(self, trainer) -> None:
         """Refuse what cannot work with these processes, and set how long they wait for one another."""
-        check(trainer.strategy)
+        check(trainer.strategy, self.model.policy)
         for name in ("batch_size", "eval_batch_size"):
             if (size := getattr(self.datamodule, name)) % trainer.world_size:
                 raise ValueError(f"data.{name} {size} is not a multiple of the {trainer.world_size} processes")

@@ -159,7 +159,7 @@ class ESPOModule(LightningModule):
     def configure_model(self) -> None:
         """Shard policy and reference, if the strategy wants that. Lightning calls it before fits and validations."""
         strategy = self.trainer.strategy
-        check(strategy)
+        check(strategy, self.policy)
         self.policy = shard(self.policy, strategy, gather_rollouts=self.gather_rollouts)
         if self.reference is not None:
             mine = self.policy.has_adapters  # then the reference is this policy

@@ -84,11 +84,11 @@ def named(strategy: str | Strategy) -> str | Strategy:
     return NAMES[strategy]() if strategy in NAMES else strategy
 
 
-def check(strategy: Strategy) -> None:
-    """Refuse, before any work, what would train something else than one process does.
+def check(strategy: Strategy, policy: nn.Module) -> None:
+    """Refuse, before any work, what cannot train this policy as one process would.
 
     Raises:
-        ValueError: a precision, DeepSpeed or tensor parallelism that cannot work here.
+        ValueError: a precision, DeepSpeed, tensor parallelism, or FSDP1 with weights of two types or compiled layers.
     """
     precision = getattr(strategy.precision_plugin, "precision", "32-true")
     if precision not in PRECISIONS:
@@ -106,6 +106,16 @@ def check(strategy: Strategy) -> None:
             "trainer.strategy=ModelParallelStrategy would split matrices (tensor parallelism), for which there is no "
             "plan here: use fsdp2, its data-parallel half"
         )
+
+    if isinstance(strategy, FSDPStrategy):
+        types = {p.dtype for p in policy.parameters()}
+        if len(types) > 1:
+            raise ValueError(
+                f"trainer.strategy=fsdp needs weights of one type, got {sorted(map(str, types))}: use fsdp2, or "
+                "--model.policy.dtype=float32 under adapters"
+            )
+        if getattr(policy.language_model.model, "_compiled_call_impl", None):
+            raise ValueError("trainer.strategy=fsdp cannot shard compiled layers: use fsdp2, or model.compile=null")
 
 
 def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = False) -> nn.Module:

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espo_lightning import LoRA, PromptDataModule
-from espo_lightning.checkpoint import _add_adapter
+from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
 from espo_lightning.strategies import FSDP, FSDP2, full_state_dict, gather
 
 STRATEGIES = {
@@ -39,15 +39,24 @@ def lora_policy(base=torch.float32):
     return policy
 
 
+def checkpointed_tied_policy():
+    policy = small_policy()
+    policy.model.config.tie_word_embeddings = True
+    policy.model.lm_head.weight = policy.model.model.embed_tokens.weight
+    _checkpoint_layers(policy)
+    return policy.train()
+
+
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "warmup": 6}
 RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken out first
     "plain": {"max_grad_norm": 1e-3, "micro_batch": 3},
     "skip": {"beta": 0.0, "micro_batch": 2, "group_size": 3},
-    "views": {"view_by_view": True, "micro_batch": 3},
     "scattered": {"gather_rollouts": False, "max_grad_norm": 1e-3, "micro_batch": 3},
     "sync": {"reference_sync": 2, **ADAM},
     "lora": {"policy": lora_policy, **ADAM},
     "poison": {"poison": True},
+    "checkpointed tied": {"policy": checkpointed_tied_policy, "view_by_view": True, "micro_batch": 3},
+    "bf16 base": {"policy": partial(lora_policy, torch.bfloat16), **ADAM},
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
 RESUMED = ("sync", "lora")  # saved after the second rollout
@@ -120,7 +129,7 @@ def main(folder: Path) -> None:
 
     for strategy in ("ddp", "fsdp", "fsdp2"):
         for name in RUNS:
-            if name not in RESUMED:
+            if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
                 do(strategy, name)
     for strategy in STRATEGIES:
         for name in RESUMED:
