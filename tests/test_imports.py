@@ -16,6 +16,13 @@ ALLOWED = {
     "likelihood": {"masking"},
     "sampler": {"masking"},
     "exact": {"masking"},
+    "gradients": {"exact", "likelihood", "masking"},
+    "studies": {
+        "checkpoint", "data", "exact", "gradients", "likelihood", "loss", "masking", "module", "policy", "sampler",
+        "tasks",
+    },
+    "plots": set(),
+    "notebooks": {"cli"},
     "scratch": {"policy"},
     "checkpoint": {"formats", "policy"},
     "verdicts": {"tasks"},
