@@ -125,7 +125,7 @@ def mask_completions(likelihood: Likelihood, symbols: int, length: int, samples:
 
 
 class GradientMoments(NamedTuple):
-    """Of one completion's gradient: mean [P]; the trace of its variance, and the part of it that is due to the masks."""
+    """Of one completion's gradient: mean [P]; the trace of its variance, and the masks' part of it."""
 
     mean: Tensor
     variance: float

@@ -1,0 +1,134 @@
+"""Training runs for studies, and small canvases of their rollouts."""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from espo_lightning.data import PromptDataModule
+from espo_lightning.evaluate import solve
+from espo_lightning.exact import (
+    FreeCells,
+    all_symbols,
+    enumerate_completions,
+    lattice_edges,
+)
+from espo_lightning.masking import fold_in, random_subset
+from espo_lightning.module import ESPOModule
+from espo_lightning.policy import Policy, Prompts
+from espo_lightning.sampler import Decoding, generate
+from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
+
+SUDOKU, COUNTDOWN = "bundled:sudoku", "bundled:countdown"
+SMALL_COUNTDOWN = Countdown(largest=10, largest_target=50)  # what its policy was trained for
+STATE, CANVAS, TABLE = range(100, 103)  # purposes of random keys; apart from those of training
+LEARNING_RATE = 1e-4  # of `fit`
+
+
+class Snapshots(Callback):
+    """Keeps copies of the policy after some rollouts, and the mean reward of every rollout."""
+
+    def __init__(self, at: Sequence[int]):
+        self.at, self.policies, self.rewards = set(at), {}, []
+
+    def on_fit_start(self, trainer: Trainer, module: ESPOModule) -> None:
+        self.keep(module)
+
+    def on_train_batch_end(self, trainer: Trainer, module: ESPOModule, *_) -> None:
+        self.rewards.append(float(module.last_rollout.rewards.mean()))
+        self.keep(module)
+
+    def keep(self, module: ESPOModule) -> None:
+        if module.rollouts in self.at:
+            self.policies[module.rollouts] = copy.deepcopy(module.policy)
+
+
+def train(
+    module: ESPOModule, task: Task, seed: int, rollouts: int, at: Sequence[int] = (), batch: int = 16
+) -> Snapshots:
+    """RL as `fit` does it, without a run folder."""
+    snapshots = Snapshots(at)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            default_root_dir=folder,
+            callbacks=snapshots,
+        )
+        trainer.fit(
+            module,
+            PromptDataModule(task, batch_size=batch, batches=rollouts, eval_problems=1, eval_batch_size=1, seed=seed),
+        )
+    return snapshots
+
+
+def new_module(policy: Policy, seed: int, kind: type[ESPOModule] = ESPOModule, **changes) -> ESPOModule:
+    """An `ESPOModule` with the settings of `fit`."""
+    return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.01), **changes)
+
+
+def held_out(policy: Policy, task: Task, problems: int) -> dict[str, float]:
+    """Greedy exact and cell accuracy on the first test problems."""
+    keys = fold_in(0, torch.arange(problems))
+    batch = [task.problem("test", 0, i) for i in range(problems)]
+    _, verdicts = solve(policy, batch, keys, Decoding(temperature=0.0))
+    return {key: sum(v[key] for v in verdicts) / problems for key in ("exact", "cell")}
+
+
+class State(NamedTuple):
+    """A small canvas of a real rollout. prompts: of one row. rewards: float64 [V^n], of every completion."""
+
+    prompts: Prompts
+    cells: FreeCells
+    rewards: Tensor
+
+    def of(self, policy: Policy) -> "State":
+        """The same canvas under another policy."""
+        return self._replace(cells=FreeCells(policy, self.cells.canvas, self.cells.free.tolist(), self.symbols))
+
+    @property
+    def symbols(self) -> list[int]:
+        return self.cells.symbols.tolist()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """V and n."""
+        return len(self.cells.symbols), len(self.cells.free)
+
+    def edges(self) -> Tensor:
+        """Its lattice under its policy, without gradient."""
+        with torch.no_grad():
+            return lattice_edges(self.cells, self.prompts, all_symbols(*self.size))
+
+
+def sudoku_state(policy: Policy, problem: Problem, completion: Tensor, free: int | None, key: Tensor) -> State:
+    """The completion's canvas with ``free`` of the puzzle's empty cells hidden (None = all of them)."""
+    empty = torch.tensor([i for i, cell in enumerate(problem.prompt) if cell == "0"])
+    chosen = empty if free is None else empty[random_subset(key, torch.tensor(free), len(empty))]
+    symbols = policy.tokenizer("1234", add_special_tokens=False)["input_ids"]
+    cells = FreeCells(policy, completion, chosen.tolist(), symbols)
+    texts = policy.decode(cells.expand(enumerate_completions(4, len(chosen)))) if free is not None else []
+    rewards = torch.tensor([problem.verify(text)["reward"] for text in texts], dtype=torch.float64)
+    return State(policy.encode([problem.prompt]), cells, rewards)
+
+
+def rollout_states(policy: Policy, task: Sudoku, seed: int, count: int, free: int) -> list[State]:
+    """States of the policy's own rollouts on training puzzles, one per puzzle, taken as they come."""
+    problems = [task.problem("train", seed + 1000, i) for i in range(count)]  # other puzzles than in training
+    keys = fold_in(fold_in(seed, STATE), torch.arange(count))
+    completions = generate(policy, policy.encode([p.prompt for p in problems]), keys, Decoding())
+    return [sudoku_state(policy, p, c, free, fold_in(k, CANVAS)) for p, c, k in zip(problems, completions, keys)]
+
+
+def numbers(values: Tensor) -> list[float]:
+    return [float(x) for x in values]
