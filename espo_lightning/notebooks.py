@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 
-from espo_lightning.cli import run
+from espo_lightning.cli import quiet, run
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on
@@ -75,10 +75,16 @@ def over_seeds(
         return None if kept is None else kept / f"seed_{seed}.json"
 
     found = {seed: json.loads(file(seed).read_text()) for seed in seeds if kept is not None and file(seed).exists()}
-    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start) as pool:
         # sent in order, collected in order: a finished seed is written even if a later one fails
         waiting = {seed: pool.submit(_timed, study, seed, settings, file(seed)) for seed in seeds if seed not in found}
         return [found[seed] if seed in found else waiting[seed].result() for seed in seeds]
+
+
+def _start() -> None:
+    """One thread, so that the numbers do not depend on the machine's cores; no chatter among the outputs."""
+    torch.set_num_threads(1)
+    quiet()
 
 
 def _timed(study: Callable[..., dict], seed: int, settings: dict, path: Path | None) -> dict:

@@ -1,8 +1,8 @@
 """What the notebooks measure: one function per question, from a seed and settings to plain numbers.
 
-Exact numbers are of a *state*: the canvas of a real rollout in which some of the puzzle's empty cells, drawn at
-random, are hidden again. The rest of that rollout is a small canvas (`FreeCells`) of n cells and 4 digits whose law,
-ELBOs, gradients and decoders can be enumerated. It is a state that decoding in random order passes through.
+Exact numbers are of a *state*: a Sudoku puzzle with n empty cells whose givens are visible, so that the canvas has n
+cells and 4 digits (`FreeCells`) and all 4^n completions, their ELBOs, gradients and decoders can be enumerated.
+Training is the library's default run, on puzzles with 8 empty cells.
 """
 
 from espo_lightning.studies.kl import kl_estimators, kl_training

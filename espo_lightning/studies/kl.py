@@ -19,9 +19,10 @@ from espo_lightning.policy import Policy
 from espo_lightning.studies.states import (
     SUDOKU,
     State,
+    contested_states,
     held_out,
+    moments,
     new_module,
-    rollout_states,
     train,
 )
 from espo_lightning.tasks import Sudoku
@@ -37,12 +38,13 @@ def kl_estimators(seed: int, *, rollouts: list[int], states: int, free: int, dra
         states, free, draws, samples: as in `ratios`.
     """
     task, reference = Sudoku(), load_policy(SUDOKU)
+    contested = contested_states(reference, seed, states, free)
     policies = train(new_module(load_policy(SUDOKU), seed, beta=0.0), task, seed, max(rollouts), rollouts).policies
     return {
         "stages": [
             {
                 "rollout": at,
-                **kl_stage(rollout_states(policy, task, seed, states, free), reference, draws, samples, seed),
+                **kl_stage([state.of(policy) for state in contested], reference, draws, samples, seed),
             }
             for at, policy in sorted(policies.items())
         ]
@@ -64,8 +66,8 @@ def kl_stage(states: list[State], reference: Policy, draws: list[int], samples: 
             for name, kl in KLS.items():
                 if kl is not losses.k2_u or m > 1:
                     estimators[f"{name}, M={m}"] = Estimator(masked, partial(penalty, masked.terms(ref), kl))
-        moments = estimator_moments(gradients, gradients.products(), probability, estimators)
-        means = {name: m.mean for name, m in moments.items()}
+        estimated = estimator_moments(gradients, gradients.products(), probability, estimators)
+        means = {name: m.mean for name, m in estimated.items()}
         for name, kl in KLS.items():  # the control: exact log-likelihoods
             if kl is not losses.k2_u:
                 means[f"{name}, exact"] = gradients.of(
@@ -82,13 +84,10 @@ def kl_stage(states: list[State], reference: Policy, draws: list[int], samples: 
         rows.append(
             {
                 "kl": float(exact_kl(likelihood, ref_likelihood)),
-                "delta_sd": {
-                    k: float((probability @ d.square() - (probability @ d).square()).clamp(min=0).sqrt())
-                    for k, d in delta.items()
-                },
+                "delta_sd": {k: moments(d, probability)[1] for k, d in delta.items()},
                 "delta_mean": {k: float(probability @ d) for k, d in delta.items()},
                 "cosine": {name: cosine(mean, target) for name, mean in means.items()},
-                "noise": {name: m.noise for name, m in moments.items()},
+                "noise": {name: m.noise for name, m in estimated.items()},
                 "values": values,
             }
         )
@@ -138,10 +137,11 @@ def kl_training(
         arms: name -> [name of the estimator in `KLS`, beta].
         rollouts: of each run.
         every: rollouts between two measurements.
-        states, free: small canvases of each policy's own rollouts, for the exact KL and the gap.
+        states, free: puzzles for the exact KL and the gap.
         problems: held-out puzzles.
     """
     task, reference = Sudoku(), load_policy(SUDOKU)
+    contested = contested_states(reference, seed, states, free)
     result = {}
     for arm, (name, beta) in arms.items():
         likelihood = ELBO(draws=2)  # k2_u needs two
@@ -150,8 +150,8 @@ def kl_training(
         curve = []
         for at, policy in sorted(snapshots.policies.items()):
             distance, gap, entropy = [], [], []
-            for state in rollout_states(policy, task, seed, states, free):
-                edges, ref = state.edges(), state.of(reference).edges()
+            for state in contested:
+                edges, ref = state.of(policy).edges(), state.edges()
                 law = log_likelihoods(edges)
                 distance.append(float(exact_kl(law, log_likelihoods(ref))))
                 gap.append(float(law.exp() @ (law - elbos(edges))))

@@ -17,16 +17,14 @@ from espo_lightning.exact import (
 )
 from espo_lightning.gradients import EdgeGradients, Estimator, cosine, estimator_moments, mask_completions
 from espo_lightning.likelihood import ELBO, Likelihood, MeanField, score
-from espo_lightning.masking import fold_in
 from espo_lightning.module import ESPOModule, Rollout
 from espo_lightning.policy import Policy
 from espo_lightning.studies.states import (
-    CANVAS,
     SUDOKU,
     State,
+    contested_states,
     new_module,
     numbers,
-    sudoku_state,
     train,
 )
 from espo_lightning.tasks import Sudoku
@@ -60,28 +58,21 @@ def ratios(
     Args:
         warm: rollouts of ordinary RL before the recorded one.
         updates: inner updates after which to measure; the largest is mu of the recorded rollout.
-        states: small canvases, from the recorded rollout's own completions.
-        free: cells of each.
+        states: puzzles for exact gradients.
+        free: empty cells of each.
         draws: M of the ELBOs.
         clip_nats: clip widths in nats per sequence, at the smallest M; no clipping is always measured.
         samples: mask draws per completion for means and variances.
         scatter: completions of the whole canvas whose gradients are taken one by one.
     """
     task = Sudoku()
-    stages = []
-    policies = (
-        train(new_module(load_policy(SUDOKU), seed), task, seed, max(warm), warm).policies
-        if max(warm)
-        else {0: load_policy(SUDOKU)}
-    )
+    stages, contested = [], contested_states(load_policy(SUDOKU), seed, states, free)
+    policies = train(new_module(load_policy(SUDOKU), seed), task, seed, max(1, *warm), warm).policies
     for at, policy in sorted(policies.items()):
         module = new_module(policy, seed + 1, Recorded, updates=max(updates))
         train(module, task, seed + 1, 1)
         rollout, old = module.last_rollout, module.iterates[0]
-        problems = [task.problem("train", seed + 1, i) for i in range(states)]
-        first = rollout.completion[:: module.group_size]
-        keys = fold_in(fold_in(seed, CANVAS), torch.arange(states))
-        canvases = [sudoku_state(old, p, c, free, k) for p, c, k in zip(problems, first, keys)]
+        canvases = [state.of(old) for state in contested]
         for u in updates:
             small = off_policy(canvases, module.iterates[u], draws, clip_nats, samples, key=seed)
             whole = whole_canvas(rollout, module.iterates[u], u % len(rollout.masks), scatter)
@@ -164,6 +155,7 @@ def surrogate(old: Tensor, advantages: Tensor, ratio: Callable, nats: float, ter
     return len(advantages) * losses.espo_loss(terms, old, None, advantages, clip_range=clip, beta=0.0, ratio=ratio)[0]
 
 
+CLIP_RANGES = (4e-4, 0.05, 0.2)  # of the authors' demos, of this library's default, of the authors' recipes
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 
 
@@ -177,6 +169,10 @@ def whole_canvas(rollout: Rollout, policy: Policy, view: int, scatter: int) -> d
     result = {
         "log_ratio": {"token": numbers(token.quantile(levels)), "sequence": numbers(sequence.quantile(levels))},
         "sd": {"token": float(token.std()), "sequence": float(sequence.std())},
+        "clipped": {
+            level: {str(eps): float((x.expm1().abs() > eps).float().mean()) for eps in CLIP_RANGES}
+            for level, x in (("token", token), ("sequence", sequence))
+        },
     }
     chosen = rollout.advantages.nonzero().squeeze(1)[:scatter]
     parameters = list(policy.parameters())

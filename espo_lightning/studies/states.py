@@ -1,4 +1,4 @@
-"""Training runs for studies, and small canvases of their rollouts."""
+"""Training runs for studies, and puzzles small enough to be enumerated."""
 
 import copy
 import tempfile
@@ -17,16 +17,18 @@ from espo_lightning.exact import (
     all_symbols,
     enumerate_completions,
     lattice_edges,
+    log_likelihoods,
 )
-from espo_lightning.masking import fold_in, random_subset
+from espo_lightning.masking import fold_in
 from espo_lightning.module import ESPOModule
 from espo_lightning.policy import Policy, Prompts
-from espo_lightning.sampler import Decoding, generate
+from espo_lightning.sampler import Decoding
+from espo_lightning.sft import encode_answers
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 
 SUDOKU, COUNTDOWN = "bundled:sudoku", "bundled:countdown"
 SMALL_COUNTDOWN = Countdown(largest=10, largest_target=50)  # what its policy was trained for
-STATE, CANVAS, TABLE = range(100, 103)  # purposes of random keys; apart from those of training
+TABLE = 100  # a purpose of random keys, apart from those of training
 LEARNING_RATE = 1e-4  # of `fit`
 
 
@@ -86,7 +88,7 @@ def held_out(policy: Policy, task: Task, problems: int) -> dict[str, float]:
 
 
 class State(NamedTuple):
-    """A small canvas of a real rollout. prompts: of one row. rewards: float64 [V^n], of every completion."""
+    """A puzzle with n empty cells. prompts: of one row. rewards: float64 [V^n], of every way to fill them."""
 
     prompts: Prompts
     cells: FreeCells
@@ -111,23 +113,36 @@ class State(NamedTuple):
             return lattice_edges(self.cells, self.prompts, all_symbols(*self.size))
 
 
-def sudoku_state(policy: Policy, problem: Problem, completion: Tensor, free: int | None, key: Tensor) -> State:
-    """The completion's canvas with ``free`` of the puzzle's empty cells hidden (None = all of them)."""
-    empty = torch.tensor([i for i, cell in enumerate(problem.prompt) if cell == "0"])
-    chosen = empty if free is None else empty[random_subset(key, torch.tensor(free), len(empty))]
+def sudoku_state(policy: Policy, problem: Problem) -> State:
+    """A puzzle's empty cells, with the rewards of all 4^n ways to fill them."""
+    free = [i for i, cell in enumerate(problem.prompt) if cell == "0"]
     symbols = policy.tokenizer("1234", add_special_tokens=False)["input_ids"]
-    cells = FreeCells(policy, completion, chosen.tolist(), symbols)
-    texts = policy.decode(cells.expand(enumerate_completions(4, len(chosen)))) if free is not None else []
+    cells = FreeCells(policy, encode_answers(policy, [problem.answer], 16)[0], free, symbols)
+    texts = policy.decode(cells.expand(enumerate_completions(4, len(free))))
     rewards = torch.tensor([problem.verify(text)["reward"] for text in texts], dtype=torch.float64)
     return State(policy.encode([problem.prompt]), cells, rewards)
 
 
-def rollout_states(policy: Policy, task: Sudoku, seed: int, count: int, free: int) -> list[State]:
-    """States of the policy's own rollouts on training puzzles, one per puzzle, taken as they come."""
-    problems = [task.problem("train", seed + 1000, i) for i in range(count)]  # other puzzles than in training
-    keys = fold_in(fold_in(seed, STATE), torch.arange(count))
-    completions = generate(policy, policy.encode([p.prompt for p in problems]), keys, Decoding())
-    return [sudoku_state(policy, p, c, free, fold_in(k, CANVAS)) for p, c, k in zip(problems, completions, keys)]
+def contested_states(base: Policy, seed: int, count: int, free: int, spread: float = 0.05) -> list[State]:
+    """Training puzzles with ``free`` empty cells about which the base policy is of two minds.
+
+    Those whose reward has a standard deviation of at least ``spread`` under the base: a group of equal rewards has no
+    gradient. They are the same for every policy that is compared (`State.of`).
+    """
+    states, index = [], 0
+    while len(states) < count:
+        state = sudoku_state(base, Sudoku(empty=free).problem("train", seed, index))
+        probability = log_likelihoods(state.edges()).exp()
+        if moments(state.rewards, probability)[1] >= spread:
+            states.append(state)
+        index += 1
+    return states
+
+
+def moments(values: Tensor, probability: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of a value, for y ~ probability."""
+    mean = float(probability @ values)
+    return mean, float(probability @ (values - mean).square()) ** 0.5
 
 
 def numbers(values: Tensor) -> list[float]:

@@ -8,6 +8,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from espo_lightning.checkpoint import load_policy
 from espo_lightning.exact import (
+    FreeCells,
     elbos,
     enumerate_completions,
     exact_elbo,
@@ -29,14 +30,14 @@ from espo_lightning.studies.states import (
     SUDOKU,
     TABLE,
     State,
+    contested_states,
     held_out,
+    moments,
     new_module,
     numbers,
-    rollout_states,
-    sudoku_state,
     train,
 )
-from espo_lightning.tasks import Sudoku
+from espo_lightning.tasks import Problem, Sudoku
 
 
 def tightness(
@@ -57,14 +58,15 @@ def tightness(
     Args:
         rollouts: when to measure; 0 is the base policy.
         completions: Sudoku completions whose gap is computed, of each kind.
-        states: small canvases for gradients.
-        free: cells of each.
+        states: puzzles for exact gradients.
+        free: empty cells of each.
         forwards: budgets of the estimators.
         step: norm of the one step whose improvement is measured, in parameter space.
         countdown_rollouts, countdown_completions: the same for Countdown, whose whole canvas of 12 is enumerated.
         problems: held-out puzzles for the accuracy.
     """
     task = Sudoku()
+    contested = contested_states(load_policy(SUDOKU), seed, states, free)
     policies = train(new_module(load_policy(SUDOKU), seed), task, seed, max(rollouts), rollouts).policies
     stages = []
     for at, policy in sorted(policies.items()):
@@ -75,28 +77,36 @@ def tightness(
                 "held_out": held_out(policy, task, problems),
                 "gaps": {kind: gaps(group) for kind, group in tables.items()},
                 "errors": estimator_errors(tables["own"], forwards),
-                **gradient_bias(rollout_states(policy, task, seed, states, free), step),
+                **gradient_bias([state.of(policy) for state in contested], step),
             }
         )
     return {"sudoku": stages, "countdown": countdown_gaps(seed, countdown_rollouts, countdown_completions)}
 
 
+@torch.no_grad()
 def sudoku_tables(policy: Policy, task: Sudoku, seed: int, count: int) -> dict[str, list[Tensor]]:
-    """Tables of all empty cells given the rest: of the policy's own completions, and of the right answers."""
-    problems = [task.problem("train", seed + 2000, i) for i in range(count)]
+    """Tables of a puzzle's empty cells, the givens visible: of the policy's own completions, and of the answers."""
+    problems = [task.problem("train", seed + 2000, i) for i in range(count)]  # other puzzles than in training
     prompts = policy.encode([p.prompt for p in problems])
     own = generate(policy, prompts, fold_in(fold_in(seed, TABLE), torch.arange(count)), Decoding())
-    return {
-        kind: [table(sudoku_state(policy, p, c, None, torch.tensor(0)), c) for p, c in zip(problems, group)]
-        for kind, group in (("own", own), ("answer", encode_answers(policy, [p.answer for p in problems], 16)))
-    }
+    answers = encode_answers(policy, [p.answer for p in problems], 16)
+    tables = {}
+    for kind, group in (("own", own), ("answer", answers)):
+        states = [empty_cells(policy, p, c) for p, c in zip(problems, group)]
+        tables[kind] = [
+            subset_log_probs(cells, prompts.of(slice(i, i + 1)), small) for i, (cells, small) in enumerate(states)
+        ]
+    return tables
 
 
-@torch.no_grad()
-def table(state: State, completion: Tensor) -> Tensor:
-    """The exact table of a completion on the state's cells, whose digits are all among the symbols."""
-    small = (completion[state.cells.free].unsqueeze(1) == state.cells.symbols).int().argmax(1)
-    return subset_log_probs(state.cells, state.prompts, small)
+def empty_cells(policy: Policy, problem: Problem, completion: Tensor) -> tuple[FreeCells, Tensor]:
+    """The canvas of the puzzle's empty cells, and the completion on it."""
+    free = [i for i, cell in enumerate(problem.prompt) if cell == "0"]
+    digits = policy.tokenizer("1234", add_special_tokens=False)["input_ids"]
+    match = completion[free].unsqueeze(1) == torch.tensor(digits)
+    if not match.any(1).all():
+        raise ValueError(f"a completion holds something else than digits: {policy.decode(completion[None])[0]!r}")
+    return FreeCells(policy, completion, free, digits), match.int().argmax(1)
 
 
 @torch.no_grad()
@@ -142,11 +152,11 @@ def estimator_errors(tables: list[Tensor], forwards: list[int]) -> dict[str, dic
     """Root mean square error and mean bias of the estimated ELBO over completions, in nats, by number of forwards."""
     exact = torch.stack([exact_elbo(t) for t in tables])
     result = {}
-    for name, moments in ESTIMATORS.items():
+    for name, estimate in ESTIMATORS.items():
         budgets = [n for n in forwards if n > 1 or not name.startswith("coupled")]  # a coupled draw costs two
         bias, rmse = [], []
         for n in budgets:
-            mean, variance = (torch.stack(m) for m in zip(*(moments(t, n) for t in tables)))
+            mean, variance = (torch.stack(m) for m in zip(*(estimate(t, n) for t in tables)))
             bias.append(float((mean - exact).mean()))
             rmse.append(float(((mean - exact).square() + variance).mean().sqrt()))
         result[name] = {"forwards": budgets, "bias": bias, "rmse": rmse}
@@ -194,9 +204,8 @@ def gradient_bias(states: list[State], step: float) -> dict:
         rows.append(
             {
                 "gap": float(q @ gap),
-                "gap_sd": float((q @ gap.square() - (q @ gap).square()).clamp(min=0).sqrt()),
-                "reward": float(q @ reward),
-                "reward_sd": float((q @ reward.square() - (q @ reward).square()).clamp(min=0).sqrt()),
+                "reward": moments(reward, q)[0],
+                "reward_sd": moments(reward, q)[1],
                 "entropy": float(-(p * law["random order"]).sum()),
                 **bias_of(vectors),
                 "improvement": one_step(state, vectors, step),
