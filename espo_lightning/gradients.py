@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espo_lightning.exact import all_symbols, edge_chunks, enumerate_completions
 from espo_lightning.likelihood import Likelihood
-from espo_lightning.masking import fold_in
+from espo_lightning.masking import Masks, fold_in
 
 BLOCK = 512  # parameters at once in products of gradients: small enough for a cache
 
@@ -90,6 +90,15 @@ def completion_edges(symbols: int, length: int) -> Tensor:
     return (state * length + torch.arange(length)) * symbols + completions.unsqueeze(1)
 
 
+def table_entries(masks: Masks) -> Tensor:
+    """Where the log-probability of each term stands in its completion's flat table [2^L L]: int64 [M, B, L]."""
+    length = masks.hidden.shape[-1]
+    code = (masks.hidden * 2 ** torch.arange(length)).sum(-1, keepdim=True)
+    # a coupled draw scores the other positions with the complement hidden
+    code = torch.where(masks.hidden | (not masks.coupled), code, 2**length - 1 - code)
+    return code * length + torch.arange(length)
+
+
 class MaskedCompletions(NamedTuple):
     """S random masks for each of the V^L completions, as edges of the lattice: B = V^L S rows.
 
@@ -115,11 +124,7 @@ def mask_completions(likelihood: Likelihood, symbols: int, length: int, samples:
     """
     completion = torch.arange(symbols**length).repeat_interleave(samples)
     masks = likelihood.draw(fold_in(key, torch.arange(len(completion))), length)
-    place = 2 ** torch.arange(length)
-    code = (masks.hidden * place).sum(-1, keepdim=True)
-    # a coupled draw scores the other positions with the complement hidden
-    code = torch.where(masks.hidden | (not masks.coupled), code, 2**length - 1 - code)
-    entry = code * length + torch.arange(length)
+    entry = table_entries(masks)
     edge = completion_edges(symbols, length).flatten(1)[completion.unsqueeze(-1), entry]
     return MaskedCompletions(edge, entry, masks.weight.double(), completion)
 

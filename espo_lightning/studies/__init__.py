@@ -7,6 +7,7 @@ Training is the library's default run, on puzzles with 8 empty cells.
 
 from espo_lightning.studies.kl import kl_estimators, kl_training
 from espo_lightning.studies.ratios import ratios
+from espo_lightning.studies.statistics import rank_correlation
 from espo_lightning.studies.tightness import tightness
 
-__all__ = ["kl_estimators", "kl_training", "ratios", "tightness"]
+__all__ = ["kl_estimators", "kl_training", "rank_correlation", "ratios", "tightness"]

@@ -14,20 +14,31 @@ from espo_lightning.checkpoint import load_policy
 from espo_lightning.exact import (
     exact_kl,
     log_likelihoods,
+    random_order_log_likelihood,
+    subset_log_probs,
 )
-from espo_lightning.gradients import EdgeGradients, Estimator, cosine, estimator_moments, mask_completions
+from espo_lightning.gradients import (
+    EdgeGradients,
+    Estimator,
+    cosine,
+    estimator_moments,
+    mask_completions,
+    table_entries,
+)
 from espo_lightning.likelihood import ELBO, Likelihood, MeanField, score
+from espo_lightning.masking import Masks, fold_in
 from espo_lightning.module import ESPOModule, Rollout
 from espo_lightning.policy import Policy
 from espo_lightning.studies.states import (
     SUDOKU,
     State,
     contested_states,
+    empty_cells,
     new_module,
     numbers,
     train,
 )
-from espo_lightning.tasks import Sudoku
+from espo_lightning.tasks import Problem, Sudoku
 
 
 class Recorded(ESPOModule):
@@ -52,6 +63,7 @@ def ratios(
     clip_nats: list[float],
     samples: int,
     scatter: int,
+    real: int,
 ) -> dict:
     """Token- and sequence-level gradients on the iterates of real rollouts, against the exact off-policy gradient.
 
@@ -64,9 +76,10 @@ def ratios(
         clip_nats: clip widths in nats per sequence, at the smallest M; no clipping is always measured.
         samples: mask draws per completion for means and variances.
         scatter: completions of the whole canvas whose gradients are taken one by one.
+        real: completions of the rollout itself whose exact gradients are computed, after the most updates.
     """
     task = Sudoku()
-    stages, contested = [], contested_states(load_policy(SUDOKU), seed, states, free)
+    stages, batches, contested = [], [], contested_states(load_policy(SUDOKU), seed, states, free)
     policies = train(new_module(load_policy(SUDOKU), seed), task, seed, max(1, *warm), warm).policies
     for at, policy in sorted(policies.items()):
         module = new_module(policy, seed + 1, Recorded, updates=max(updates))
@@ -77,7 +90,10 @@ def ratios(
             small = off_policy(canvases, module.iterates[u], draws, clip_nats, samples, key=seed)
             whole = whole_canvas(rollout, module.iterates[u], u % len(rollout.masks), scatter)
             stages.append({"rollout": at, "updates": u, **small, "canvas": whole})
-    return {"stages": stages}
+        problems = [task.problem("train", seed + 1, i) for i in range(len(rollout.rewards))]
+        cosines = real_batch(rollout, problems, old, module.iterates[-1], real, samples, key=seed)
+        batches.append({"rollout": at, "updates": max(updates), "cosine": cosines})
+    return {"stages": stages, "real": batches}
 
 
 def off_policy(
@@ -189,3 +205,52 @@ def whole_canvas(rollout: Rollout, policy: Policy, view: int, scatter: int) -> d
         result[f"{level}_mean"] = stacked.mean(0)
     result["cosine"] = cosine(result.pop("token_mean"), result.pop("sequence_mean"))
     return result
+
+
+def real_batch(
+    rollout: Rollout, problems: list[Problem], old: Policy, policy: Policy, count: int, samples: int, key: int
+) -> dict[str, float]:
+    """Cosines with the exact off-policy gradient of the rollout's own completions with the largest advantages.
+
+    Each completion's canvas is its puzzle's empty cells, and the exact gradient that of A p_theta(y) / p_old(y).
+    """
+    rows = rollout.advantages.abs().topk(count).indices.tolist()
+    parameters, totals = list(policy.parameters()), {}
+    group = len(rollout.completion) // len(problems)
+    for row in rows:
+        one, problem, advantage = slice(row, row + 1), problems[row // group], rollout.advantages[row].double()
+        cells, small = empty_cells(policy, problem, rollout.completion[row])
+        with torch.no_grad():
+            before = subset_log_probs(
+                empty_cells(old, problem, rollout.completion[row])[0], rollout.prompts.of(one), small
+            )
+        table = subset_log_probs(cells, rollout.prompts.of(one), small)
+        functions = {"target": partial(exact_surrogate, before, advantage)}
+        for name, likelihood in (("ELBO", ELBO()), ("mean field", MeanField())):
+            masks = likelihood.draw(fold_in(fold_in(key, row), torch.arange(samples)), len(small))
+            for level, ratio in (("token", losses.token_ratio), ("sequence", losses.sequence_ratio)):
+                for clip in (math.inf, 0.05):
+                    functions[f"{level}, {name}, {clip:g}"] = partial(
+                        table_surrogate, masks, before, advantage.expand(samples), ratio, clip
+                    )
+        leaf = table.detach().requires_grad_()
+        for name, function in functions.items():
+            (coefficient,) = torch.autograd.grad(function(leaf), leaf)
+            gradient = parameters_to_vector(torch.autograd.grad(table, parameters, coefficient, retain_graph=True))
+            totals[name] = totals.get(name, 0) + gradient
+    target = totals.pop("target")
+    return {name: cosine(total, target) for name, total in totals.items()}
+
+
+def exact_surrogate(before: Tensor, advantage: Tensor, table: Tensor) -> Tensor:
+    """A p_theta(y) / p_old(y) of the random-order decoder, from two tables [2^L, L]."""
+    return advantage * (random_order_log_likelihood(table) - random_order_log_likelihood(before)).exp()
+
+
+def table_surrogate(
+    masks: Masks, before: Tensor, advantages: Tensor, ratio: Callable, clip: float, table: Tensor
+) -> Tensor:
+    """Minus the library's loss of one completion on the given masks [M, S, L], from two tables; mean over the S."""
+    entry = table_entries(masks)
+    terms, old = (t.flatten()[entry] * masks.weight for t in (table, before))
+    return -losses.espo_loss(terms, old, None, advantages, clip_range=clip, beta=0.0, ratio=ratio)[0]

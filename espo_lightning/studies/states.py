@@ -115,12 +115,20 @@ class State(NamedTuple):
 
 def sudoku_state(policy: Policy, problem: Problem) -> State:
     """A puzzle's empty cells, with the rewards of all 4^n ways to fill them."""
-    free = [i for i, cell in enumerate(problem.prompt) if cell == "0"]
-    symbols = policy.tokenizer("1234", add_special_tokens=False)["input_ids"]
-    cells = FreeCells(policy, encode_answers(policy, [problem.answer], 16)[0], free, symbols)
-    texts = policy.decode(cells.expand(enumerate_completions(4, len(free))))
+    cells, small = empty_cells(policy, problem, encode_answers(policy, [problem.answer], 16)[0])
+    texts = policy.decode(cells.expand(enumerate_completions(4, len(small))))
     rewards = torch.tensor([problem.verify(text)["reward"] for text in texts], dtype=torch.float64)
     return State(policy.encode([problem.prompt]), cells, rewards)
+
+
+def empty_cells(policy: Policy, problem: Problem, completion: Tensor) -> tuple[FreeCells, Tensor]:
+    """The canvas of the puzzle's empty cells, and the completion on it."""
+    free = [i for i, cell in enumerate(problem.prompt) if cell == "0"]
+    digits = policy.tokenizer("1234", add_special_tokens=False)["input_ids"]
+    match = completion[free].unsqueeze(1) == torch.tensor(digits)
+    if not match.any(1).all():
+        raise ValueError(f"a completion holds something else than digits: {policy.decode(completion[None])[0]!r}")
+    return FreeCells(policy, completion, free, digits), match.int().argmax(1)
 
 
 def contested_states(base: Policy, seed: int, count: int, free: int, spread: float = 0.05) -> list[State]:

@@ -8,7 +8,6 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from espo_lightning.checkpoint import load_policy
 from espo_lightning.exact import (
-    FreeCells,
     elbos,
     enumerate_completions,
     exact_elbo,
@@ -31,13 +30,14 @@ from espo_lightning.studies.states import (
     TABLE,
     State,
     contested_states,
+    empty_cells,
     held_out,
     moments,
     new_module,
     numbers,
     train,
 )
-from espo_lightning.tasks import Problem, Sudoku
+from espo_lightning.tasks import Sudoku
 
 
 def tightness(
@@ -97,16 +97,6 @@ def sudoku_tables(policy: Policy, task: Sudoku, seed: int, count: int) -> dict[s
             subset_log_probs(cells, prompts.of(slice(i, i + 1)), small) for i, (cells, small) in enumerate(states)
         ]
     return tables
-
-
-def empty_cells(policy: Policy, problem: Problem, completion: Tensor) -> tuple[FreeCells, Tensor]:
-    """The canvas of the puzzle's empty cells, and the completion on it."""
-    free = [i for i, cell in enumerate(problem.prompt) if cell == "0"]
-    digits = policy.tokenizer("1234", add_special_tokens=False)["input_ids"]
-    match = completion[free].unsqueeze(1) == torch.tensor(digits)
-    if not match.any(1).all():
-        raise ValueError(f"a completion holds something else than digits: {policy.decode(completion[None])[0]!r}")
-    return FreeCells(policy, completion, free, digits), match.int().argmax(1)
 
 
 @torch.no_grad()
