@@ -14,6 +14,10 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# all of them at full scale, in place; NOTEBOOKS="--name=01" runs one, --reduced=true a quick check
+notebooks: env
+	$(BIN)/python -m espo_lightning.notebooks $(NOTEBOOKS)
+
 env: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt

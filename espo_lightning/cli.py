@@ -52,7 +52,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         parser.error(str(error))
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Hide what a user of the command lines can do nothing about, and nothing else."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices found, tips, "max_epochs reached"
     transformers.utils.logging.disable_progress_bar()  # of writing one file
@@ -81,7 +81,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
         self.command, self.defaults = command, defaults
-        _quiet()
+        quiet()
         atexit.register(_leave)
         super().__init__(
             module_class,

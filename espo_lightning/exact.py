@@ -13,12 +13,14 @@ All numbers are in nats per sequence and float64. Everything is differentiable u
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from espo_lightning.masking import quadrature_masks
 
 MAX_LENGTH = 16  # one completion needs 2^L rows of the network
 MAX_STATES = 2**19  # all completions need (V+1)^L rows
@@ -30,13 +32,18 @@ def _digits(base: int, length: int) -> Tensor:
     return torch.arange(base**length).unsqueeze(1) // base ** torch.arange(length) % base
 
 
+def all_symbols(symbols: int, length: int) -> Tensor:
+    """Every token 0..V-1 as a candidate at every position: [L, V]."""
+    return torch.arange(symbols).expand(length, -1)
+
+
 def enumerate_completions(symbols: int, length: int) -> Tensor:
     """All V^L completions over the tokens 0..V-1, in the order of every vector over completions here: [V^L, L]."""
     return _digits(symbols, length)
 
 
-def _edges(policy, prompts, candidates: Tensor) -> Tensor:
-    """Every state's log-probabilities of the candidates [L, W] at the hidden positions: [(W+1)^L, L, W], else 0."""
+def edge_chunks(policy, prompts, candidates: Tensor, rows: int = CHUNK) -> Iterator[Tensor]:
+    """`lattice_edges` in pieces of ``rows`` states, each with a graph of its own."""
     length, width = candidates.shape
     digits = _digits(width + 1, length).to(candidates.device)
     tokens = F.pad(candidates, (0, 1), value=policy.mask_id)  # digit W shows the mask
@@ -45,10 +52,9 @@ def _edges(policy, prompts, candidates: Tensor) -> Tensor:
     def wanted(logits: Tensor, columns: Tensor) -> Tensor:
         return logits.double().log_softmax(-1).gather(-1, columns)
 
-    chunks = []
-    for rows in digits.split(CHUNK):
-        n, hidden = len(rows), rows == width
-        canvas = tokens.expand(n, -1, -1).gather(-1, rows.unsqueeze(-1)).squeeze(-1)
+    for states in digits.split(rows):
+        n, hidden = len(states), states == width
+        canvas = tokens.expand(n, -1, -1).gather(-1, states.unsqueeze(-1)).squeeze(-1)
         log_probs = policy(
             torch.cat([prompts.ids.expand(n, -1), canvas], 1),
             None if attention is None else attention.expand(n, -1),
@@ -57,8 +63,12 @@ def _edges(policy, prompts, candidates: Tensor) -> Tensor:
             candidates.expand(n, -1, -1)[hidden],
         )
         shape = (n, length, width)
-        chunks.append(log_probs.new_zeros(shape).masked_scatter(hidden.unsqueeze(-1).expand(shape), log_probs))
-    return torch.cat(chunks)
+        yield log_probs.new_zeros(shape).masked_scatter(hidden.unsqueeze(-1).expand(shape), log_probs)
+
+
+def lattice_edges(policy, prompts, candidates: Tensor) -> Tensor:
+    """Every state's log-probabilities of the candidates [L, W] at the hidden positions: [(W+1)^L, L, W], else 0."""
+    return torch.cat(list(edge_chunks(policy, prompts, candidates, CHUNK)))
 
 
 def _over_orders(edges: Tensor, combine: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -86,12 +96,12 @@ def _over_orders(edges: Tensor, combine: Callable[[Tensor, int], Tensor]) -> Ten
     return value
 
 
-def _log_likelihoods(edges: Tensor) -> Tensor:
+def log_likelihoods(edges: Tensor) -> Tensor:
     """The decoder picks each of n hidden positions with chance 1/n."""
     return _over_orders(edges, lambda paths, hidden: paths.logsumexp(1) - math.log(hidden))
 
 
-def _elbos(edges: Tensor) -> Tensor:
+def elbos(edges: Tensor) -> Tensor:
     """In a uniform order, each of the positions revealed so far is equally likely to have been the last one."""
     return _over_orders(edges, lambda paths, _: paths.mean(1))
 
@@ -117,7 +127,7 @@ def subset_log_probs(policy, prompts, completion: Tensor) -> Tensor:
             f"a completion of {len(completion)} tokens has 2^{len(completion)} masks, each a row of the network: "
             f"at most {MAX_LENGTH} tokens"
         )
-    return _edges(policy, prompts, completion.unsqueeze(1)).squeeze(-1)
+    return lattice_edges(policy, prompts, completion.unsqueeze(1)).squeeze(-1)
 
 
 def exact_elbo(table: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ def exact_elbo(table: Tensor) -> Tensor:
 
     It is the mean over all L! orders of the log-probability of revealing the tokens in that order.
     """
-    return _elbos(table.unsqueeze(-1)).squeeze()
+    return elbos(table.unsqueeze(-1)).squeeze()
 
 
 def random_order_log_likelihood(table: Tensor) -> Tensor:
@@ -133,7 +143,7 @@ def random_order_log_likelihood(table: Tensor) -> Tensor:
 
     It is the logarithm of the mean over all L! orders of the probability of revealing the tokens in that order.
     """
-    return _log_likelihoods(table.unsqueeze(-1)).squeeze()
+    return log_likelihoods(table.unsqueeze(-1)).squeeze()
 
 
 def _edge_weights(function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
@@ -204,6 +214,23 @@ def score_moments(
     return ScoreMoments(means.mean(), within + between)
 
 
+def quadrature_moments(table: Tensor, nodes: int) -> ScoreMoments:
+    """Exact moments of the score that `masking.quadrature_masks` estimates; its mean is not quite the ELBO.
+
+    Args:
+        table: [2^L, L].
+        nodes: forwards.
+    """
+    length = table.shape[1]
+    masks = quadrature_masks(torch.zeros(1, dtype=torch.int64), length, nodes)
+    scale, counts = masks.weight.double().amax(-1), masks.hidden.sum(-1)  # of each node
+    sizes, sums = _digits(2, length).sum(1), table.sum(1)
+    of_count = [sums[sizes == count] for count in counts]
+    mean = (scale * torch.stack([s.mean() for s in of_count]).unsqueeze(1)).mean()
+    variance = (scale.square() * torch.stack([s.var(correction=0) for s in of_count]).unsqueeze(1)).mean() / nodes
+    return ScoreMoments(mean, variance)
+
+
 class CompletionLaw(NamedTuple):
     """Of all V^L completions, in the order of `enumerate_completions`.
 
@@ -233,8 +260,28 @@ def completion_law(policy, prompts, symbols: int, length: int) -> CompletionLaw:
             f"{symbols} symbols on {length} positions have {symbols + 1}^{length} masked states, each a row of the "
             f"network: at most {MAX_STATES}"
         )
-    edges = _edges(policy, prompts, torch.arange(symbols, device=prompts.ids.device).expand(length, -1))
-    return CompletionLaw(_log_likelihoods(edges), _elbos(edges))
+    edges = lattice_edges(policy, prompts, all_symbols(symbols, length).to(prompts.ids.device))
+    return CompletionLaw(log_likelihoods(edges), elbos(edges))
+
+
+def low_confidence_log_likelihoods(edges: Tensor) -> Tensor:
+    """Of every completion under LLaDA's decoder at temperature 1, one token per step (`low_confidence`): [V^L].
+
+    In a state every hidden position i proposes v with chance p_i(v), and the most confident proposal is committed:
+    (i, v) with chance p_i(v) times that of every other position proposing something less likely than p_i(v).
+    Differentiable where no two confidences are equal; a completion out of reach has a very low log-likelihood.
+
+    Args:
+        edges: [(V+1)^L, L, V] over all V symbols, see `lattice_edges`. Two equal confidences in one state, where the
+            decoder would decide by position, lose probability.
+    """
+    hidden = (edges != 0).any(-1)  # [S, L]
+    probability = edges.exp() * hidden.unsqueeze(-1)
+    weaker = edges.unsqueeze(2).unsqueeze(2) < edges.unsqueeze(1).unsqueeze(-1)  # [S, j, i, v, v']: j's v' < i's v
+    below = (probability.unsqueeze(2).unsqueeze(2) * weaker).sum(-1)  # [S, j, i, v]
+    rival = hidden.unsqueeze(2) & ~torch.eye(edges.shape[1], dtype=torch.bool, device=edges.device)  # [S, j, i]
+    chance = probability * torch.where(rival.unsqueeze(-1), below, 1.0).prod(1)
+    return _over_orders(chance.clamp(min=1e-300).log(), lambda paths, _: paths.logsumexp(1))
 
 
 def exact_policy_gradient(
@@ -262,6 +309,60 @@ def exact_policy_gradient(
 def exact_kl(log_likelihood: Tensor, ref_log_likelihood: Tensor) -> Tensor:
     """KL(p^U_theta || p^U_ref) from the two laws' log-likelihoods [V^L]: scalar."""
     return (log_likelihood.exp() * (log_likelihood - ref_log_likelihood)).sum()
+
+
+class FreeCells(nn.Module):
+    """A policy seen through a smaller canvas: a few positions are free, a few symbols allowed, the rest is given.
+
+    The rest of the canvas is always visible. Tokens on the small canvas are the numbers 0..V-1 of the symbols, and V is
+    ``mask_id``; other tokens of the policy are ruled out, so its law over the symbols sums to 1. Everything that takes
+    a policy takes this: `completion_law`, `score`, `generate`.
+
+    Args:
+        policy: a `Policy`.
+        canvas: token ids [L]; those at free positions do not matter.
+        free: the free positions, ascending.
+        symbols: token ids of the V symbols.
+
+    Raises:
+        ValueError: free positions that are not ascending positions of the canvas.
+    """
+
+    def __init__(self, policy: nn.Module, canvas: Tensor, free: list[int], symbols: list[int]):
+        super().__init__()
+        if free != sorted(set(free)) or not free or not 0 <= free[0] <= free[-1] < len(canvas):
+            raise ValueError(f"free must be ascending positions of a canvas of {len(canvas)}, got {free}")
+        self.policy, self.canvas, self.mask_id = policy, canvas, len(symbols)
+        self.free, self.symbols = (torch.tensor(x, device=canvas.device) for x in (free, symbols))
+
+    def expand(self, completion: Tensor) -> Tensor:
+        """Small completions [N, n] on the policy's own canvas: [N, L]."""
+        tokens = F.pad(self.symbols, (0, 1), value=self.policy.mask_id)
+        full = self.canvas.expand(len(completion), -1).clone()
+        full[:, self.free] = tokens[completion]
+        return full
+
+    def forward(
+        self, ids: Tensor, attention: Tensor | None, select: Tensor, reduce: Callable[..., Any], *columns: Tensor
+    ) -> Any:
+        """``reduce(logits [c, V+1], *columns)`` at the selected positions, as `Policy.forward`; the mask has -inf.
+
+        Args:
+            ids: int64 [N, P + n], a prompt and small canvases.
+            attention: bool [N, P + n] or None.
+            select: bool [N, P + n], in the canvas only.
+        """
+        width = ids.shape[1] - len(self.free)
+        ids = torch.cat([ids[:, :width], self.expand(ids[:, width:])], 1)
+        selected = torch.zeros_like(ids, dtype=torch.bool)
+        selected[:, width + self.free] = select[:, width:]
+        if attention is not None:
+            attention = F.pad(attention[:, :width], (0, len(self.canvas)), value=True)
+
+        def among_symbols(logits: Tensor, *columns: Tensor) -> Any:
+            return reduce(F.pad(logits[:, self.symbols], (0, 1), value=float("-inf")), *columns)
+
+        return self.policy(ids, attention, selected, among_symbols, *columns)
 
 
 class TabularPolicy(nn.Module):

@@ -15,11 +15,12 @@ from espo_lightning.exact import (
     exact_policy_gradient,
     order_gap,
     order_posterior,
+    quadrature_moments,
     random_order_log_likelihood,
     score_moments,
     subset_log_probs,
 )
-from espo_lightning.masking import fold_in
+from espo_lightning.masking import fold_in, quadrature_masks
 from espo_lightning.policy import Prompts
 from espo_lightning.sampler import Decoding, generate, random_order
 
@@ -268,6 +269,17 @@ def test_moments_of_every_kind_against_enumeration_by_hand(coupled):
     stratified = pairs([(u, (u + 2) % 4) for u in counts])
     result = score_moments(table, coupled=coupled, draws=draws, stratified=True)
     assert result == pytest.approx(moments(stratified), abs=1e-12)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_quadrature_moments_against_many_draws(nodes):
+    table = table_of(TabularPolicy(3, 4, generator=rng(21)), [2, 1, 0, 1]).detach()
+    masks = quadrature_masks(fold_in(5, torch.arange(20_000)), 4, nodes)
+    code = (masks.hidden * 2 ** torch.arange(4)).sum(-1)  # [nodes, B]
+    scores = (table[code] * masks.weight).sum(-1).mean(0)
+    moments = quadrature_moments(table, nodes)
+    assert moments.mean.item() == pytest.approx(scores.mean().item(), abs=4 * (moments.variance / 20_000).sqrt().item())
+    assert moments.variance.item() == pytest.approx(scores.var().item(), rel=0.05, abs=1e-12)
 
 
 def test_chunks_do_not_matter(monkeypatch):

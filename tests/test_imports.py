@@ -17,6 +17,9 @@ ALLOWED = {
     "sampler": {"masking"},
     "autoregressive": {"masking", "sampler"},
     "exact": {"masking"},
+    "gradients": {"exact", "likelihood", "masking"},
+    "plots": set(),
+    "notebooks": {"cli"},
     "scratch": {"policy"},
     "adaptation": set(),
     "checkpoint": {"adaptation", "formats", "policy", "strategies"},
@@ -38,6 +41,12 @@ ALLOWED = {
 }
 
 
+STUDIES = {  # what any of them may import, beside each other
+    "checkpoint", "data", "evaluate", "exact", "gradients", "likelihood", "loss", "masking", "module", "policy",
+    "sampler", "sft", "studies", "tasks",
+}  # fmt: skip
+
+
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -56,6 +65,14 @@ def test_modules_import_only_what_lies_below_them(path):
         return
     own = {name.split(".")[1] for name in imports(path) if name.startswith("espo_lightning.")}
     assert own <= ALLOWED[path.stem]
+
+
+def test_studies_lie_above_everything_but_the_runner():
+    for path in (PACKAGE / "studies").glob("*.py"):
+        own = {name.split(".")[1] for name in imports(path) if name.startswith("espo_lightning.")}
+        assert own <= STUDIES, path
+    for path in PACKAGE.glob("*.py"):
+        assert not any(name.startswith("espo_lightning.studies") for name in imports(path)), path
 
 
 def test_tasks_and_pure_modules_import_nothing_heavy():

@@ -1,0 +1,259 @@
+"""``python -m espo_lightning.notebooks``: run the notebooks, one or all, at full or reduced scale.
+
+A notebook is thin: it calls a function of `espo_lightning.studies` for every seed, draws figures, and writes
+``results/<name>/result.json``. Its parameters stand in one cell; ``reduced.yaml`` beside the notebooks holds
+the small values that continuous integration uses.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from espo_lightning.cli import quiet, run
+
+PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
+SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on
+FIELDS = {
+    "name": str,
+    "parameters": dict,
+    "per_seed": list,  # one dictionary per seed, with its "seed" and "seconds"
+    "summary": dict,  # numbers over the seeds that the notebook shows
+    "findings": dict,  # statement -> whether it held
+    "versions": dict,
+    "machine": str,
+    "seconds": float,  # of processor time, one core, all seeds together
+    "commit": (str, type(None)),
+    "modified": (bool, type(None)),  # whether the package differed from that commit
+}
+
+# ---- what a notebook calls ---------------------------------------------------------------------------
+
+
+def over_seeds(
+    study: Callable[..., dict],
+    seeds: Iterable[int],
+    *,
+    processes: int = 1,
+    cache: str | Path | None = "../runs/notebooks",
+    **settings: Any,
+) -> list[dict]:
+    """``study(seed, **settings)`` of every seed, in processes of their own with one thread each.
+
+    Finished seeds are kept, so that an interrupted or extended notebook computes only what is missing. A kept result
+    counts only for the same settings and the same source of this package.
+
+    Args:
+        study: a function of an importable module that returns numbers, in lists and dictionaries.
+        processes: seeds at once.
+        cache: folder of finished seeds; None = keep nothing.
+
+    Returns:
+        The dictionaries in the order of ``seeds``, each with "seed" and "seconds" of processor time.
+    """
+    seeds = list(seeds)
+    digest = hashlib.sha256(json.dumps([study.__module__, study.__qualname__, settings], sort_keys=True).encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        if path.stem not in ("notebooks", "plots"):  # which no study may import
+            digest.update(path.read_bytes())
+    kept = None if cache is None else Path(cache) / f"{study.__name__}_{digest.hexdigest()[:16]}"
+
+    def file(seed: int) -> Path | None:
+        return None if kept is None else kept / f"seed_{seed}.json"
+
+    found = {seed: json.loads(file(seed).read_text()) for seed in seeds if kept is not None and file(seed).exists()}
+    if len(found) == len(set(seeds)):
+        return [found[seed] for seed in seeds]
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start) as pool:
+        # every worker writes what it has finished, so that nothing is lost if another seed fails
+        waiting = {seed: pool.submit(_timed, study, seed, settings, file(seed)) for seed in seeds if seed not in found}
+        return [found[seed] if seed in found else waiting[seed].result() for seed in seeds]
+
+
+def _start() -> None:
+    """One thread, so that the numbers do not depend on the machine's cores; no chatter among the outputs."""
+    torch.set_num_threads(1)
+    quiet()
+
+
+def _timed(study: Callable[..., dict], seed: int, settings: dict, path: Path | None) -> dict:
+    start = time.process_time()  # of this process with its one thread, whatever else the machine does
+    numbers = study(seed, **settings)
+    text = json.dumps({"seed": seed, **numbers, "seconds": time.process_time() - start})
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.rename(path)  # never half a result
+    return json.loads(text)
+
+
+def save_result(
+    results: str | Path, name: str, *, parameters: dict, per_seed: list[dict], summary: dict, findings: dict[str, bool]
+) -> dict:
+    """Write ``results/<name>/result.json`` and return it.
+
+    Args:
+        parameters: the notebook's, without `SETTINGS`.
+        per_seed: from `over_seeds`.
+        summary: numbers over the seeds.
+        findings: statements that were made before the numbers were seen, and whether they held.
+
+    Raises:
+        ValueError: see `check_result`; nothing is written.
+    """
+    commit, modified = _commit()
+    result = {
+        "name": name,
+        "parameters": parameters,
+        "per_seed": per_seed,
+        "summary": summary,
+        "findings": {statement: bool(held) for statement, held in findings.items()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "machine": f"{platform.system()} {platform.machine()}, CPU",
+        "seconds": float(sum(row["seconds"] for row in per_seed)),
+        "commit": commit,
+        "modified": modified,
+    }
+    check_result(result)
+    folder = Path(results) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def check_result(result: dict) -> None:
+    """That a result has the fields of `FIELDS`, one row per seed, and no NaN or infinity.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if set(result) != set(FIELDS):
+        raise ValueError(f"a result has the fields {sorted(FIELDS)}, got {sorted(result)}")
+    for field, kind in FIELDS.items():
+        if not isinstance(result[field], kind):
+            raise ValueError(f"field {field} of a result must be {kind}, got {result[field]!r}")
+    if len(result["per_seed"]) != result["parameters"].get("seeds"):
+        raise ValueError(f"parameters name {result['parameters'].get('seeds')} seeds, got {len(result['per_seed'])}")
+    _check_finite(result, "result")
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: a result holds finite numbers, leave the entry out instead")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _check_finite(item, f"{where}[{key!r}]")
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The checkout's commit and whether the package differs from it; None outside a checkout."""
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--", "."))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+# ---- the runner --------------------------------------------------------------------------------------
+
+
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """The parameters of a notebook with the values in its file."""
+    import papermill
+
+    return {name: ast.literal_eval(p["default"]) for name, p in papermill.inspect_notebook(str(path)).items()}
+
+
+def execute(
+    name: str | None = None,
+    seeds: int | None = None,
+    processes: int | None = None,
+    parameters: dict[str, Any] | None = None,
+    reduced: bool = False,
+    folder: str = "notebooks",
+    output_dir: str | None = None,
+) -> list[Path]:
+    """Run notebooks, and write them executed, with their results.
+
+    Args:
+        name: the notebook, or the start of its name, such as 01; all of them if left out.
+        seeds: how many seeds.
+        processes: seeds at once.
+        parameters: other parameters of the notebooks, such as ``--parameters.rollouts=10``.
+        reduced: the small values of ``reduced.yaml``, for a quick check.
+        folder: where the notebooks are.
+        output_dir: where executed notebooks and ``results`` go. By default the folder itself if the notebooks run with
+            the values in their files, else build/notebooks.
+
+    Returns:
+        The executed notebooks.
+    """
+    import papermill
+
+    source = Path(folder)
+    paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
+    if not paths:
+        known = ", ".join(p.stem for p in sorted(source.glob("[0-9]*.ipynb")))
+        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {known or 'none at all'}")
+    scale = yaml.safe_load((source / "reduced.yaml").read_text()) if reduced else {}
+    shared = {k: v for k, v in {"seeds": seeds, "processes": processes, **(parameters or {})}.items() if v is not None}
+    given = {path: {**scale.get(path.stem, {}), **shared} for path in paths}
+    for path, values in given.items():
+        known = notebook_parameters(path)
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"notebook {path.stem} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
+        given[path] = {k: v for k, v in values.items() if v != known[k]}
+    as_committed = not any(set(values) - set(SETTINGS) for values in given.values())
+    target = Path(output_dir) if output_dir else source if as_committed else Path("build/notebooks")
+    target.mkdir(parents=True, exist_ok=True)
+    if target.resolve() != source.resolve():
+        results = os.path.relpath(target / "results", source)
+        given = {path: {**values, "results": results} for path, values in given.items()}
+    done = []
+    for path, values in given.items():
+        start = time.perf_counter()
+        running = target / f"{path.stem}.running.ipynb"  # a failed run leaves the earlier one as it was
+        papermill.execute_notebook(
+            str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
+        )
+        _without_timings(running)
+        done.append(running.rename(target / path.name))
+        sys.stdout.write(f"{done[-1]}  {time.perf_counter() - start:.0f} s\n")
+    return done
+
+
+def _without_timings(path: Path) -> None:
+    """Drop what papermill adds about the run itself: it differs every time and names folders."""
+    notebook = json.loads(path.read_text())
+    notebook["metadata"].pop("papermill", None)
+    for cell in notebook["cells"]:
+        for key in ("papermill", "execution"):
+            cell["metadata"].pop(key, None)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(execute, "espo_lightning.notebooks", argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""One look for every figure: a colour per method, the same everywhere, and lines over seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+GREY = "#888888"
+COLOURS = {
+    "exact": BLACK,
+    "chance": GREY,
+    # likelihoods
+    "ELBO": BLUE,
+    "ELBO, uncentred": SKY,
+    "log p^U": GREEN,
+    "mean field": ORANGE,
+    # estimators of the ELBO
+    "single": ORANGE,
+    "single, counts 1..L": PURPLE,
+    "single, stratified": VERMILLION,
+    "coupled": BLUE,
+    "coupled, stratified": SKY,
+    "quadrature": GREEN,
+    # ratios
+    "sequence": BLUE,
+    "token": VERMILLION,
+    # KL estimators
+    "none": GREY,
+    "k1": VERMILLION,
+    "k1 + score": ORANGE,
+    "k2": BLUE,
+    "k2_u": SKY,
+    "k3": GREEN,
+    # whose completions
+    "own": BLUE,
+    "answer": ORANGE,
+}
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+
+
+def panels(*titles: str, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+    """A row of panels in the style of all notebooks, legible at the width of a README."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * max(2, len(titles)), height), squeeze=False)
+        for axis, title in zip(axes[0], titles):
+            axis.set_title(title)
+    return figure, list(axes[0])
+
+
+def line(
+    axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], method: str, label: str | None = None, **style
+) -> None:
+    """A method's median over seeds with the full range, and every seed if there are at most five.
+
+    Args:
+        x: positions.
+        seeds: one row of values per seed.
+        method: a key of `COLOURS`.
+        label: in the legend; the method's name if left out.
+    """
+    colour = COLOURS[method]
+    columns = [sorted(column) for column in zip(*seeds)]
+    middle = [(c[(len(c) - 1) // 2] + c[len(c) // 2]) / 2 for c in columns]
+    if 1 < len(seeds) <= 5:
+        for values in seeds:
+            axes.plot(x, values, color=colour, lw=0.6, alpha=0.5)
+    axes.fill_between(x, [c[0] for c in columns], [c[-1] for c in columns], color=colour, alpha=0.15, lw=0)
+    axes.plot(x, middle, **{"color": colour, "marker": "o", "label": label or method, **style})
+
+
+def save(figure: Figure, results: str | Path, name: str, file: str) -> Path:
+    """Write ``results/<name>/<file>.png``."""
+    folder = Path(results) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure.savefig(folder / f"{file}.png", metadata={"Software": None})
+    return folder / f"{file}.png"

@@ -1,0 +1,13 @@
+"""What the notebooks measure: one function per question, from a seed and settings to plain numbers.
+
+Exact numbers are of a *state*: a Sudoku puzzle with n empty cells whose givens are visible, so that the canvas has n
+cells and 4 digits (`FreeCells`) and all 4^n completions, their ELBOs, gradients and decoders can be enumerated.
+Training is the library's default run, on puzzles with 8 empty cells.
+"""
+
+from espo_lightning.studies.kl import kl_estimators, kl_training
+from espo_lightning.studies.ratios import ratios
+from espo_lightning.studies.statistics import rank_correlation
+from espo_lightning.studies.tightness import tightness
+
+__all__ = ["kl_estimators", "kl_training", "rank_correlation", "ratios", "tightness"]
