@@ -91,21 +91,25 @@ def ring(size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks
 
 
-def gathers(w: Work, updates: int, rank: int, once: bool) -> dict[str, float]:
+def gathers(w: Work, gather_rollouts: bool) -> dict[str, float]:
     """How often all weights are gathered in every phase, if they are sharded.
 
-    Anew for every forward and every backward pass, or ``once`` after each change: for the rollout (old scores and
-    first update included), for a reference with weights of its own, and after every update but the last.
+    In every forward and every backward pass, except that a rollout may keep what its first pass gathers.
     """
-    if once:
-        own = 1 if w.reference.calls and not rank else 0
-        return {"rollout": 1, "old scores": 0, "reference": own, "updates": updates - 1}
     passes = {"rollout": w.rollout, "old scores": w.old, "reference": w.reference, "updates": w.terms + w.updates * 2}
-    return {phase: p.calls for phase, p in passes.items()}
+    return {phase: p.calls for phase, p in passes.items()} | ({"rollout": 1} if gather_rollouts else {})
 
 
 def collectives(
-    network: Network, w: Work, hardware: Hardware, *, gpus: int, shards: int, updates: int, rank: int, once: bool
+    network: Network,
+    w: Work,
+    hardware: Hardware,
+    *,
+    gpus: int,
+    shards: int,
+    updates: int,
+    rank: int,
+    gather_rollouts: bool,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that a GPU receives in every phase, and the seconds that they take. Weights bfloat16, gradients float32.
 
@@ -113,7 +117,7 @@ def collectives(
     """
     weights = BF16 * (network.parameters + network.adapters(rank))
     gradients = FP32 * (network.adapters(rank) if rank else network.parameters)
-    size = {phase: n * ring(weights, shards) for phase, n in gathers(w, updates, rank, once).items()}
+    size = {phase: n * ring(weights, shards) for phase, n in gathers(w, gather_rollouts).items()}
     reductions = updates if shards == 1 else w.updates.calls
     size["updates"] += reductions * ring(gradients, shards)
     replicas = reductions * 2 * ring(gradients / shards, gpus // shards)
@@ -143,25 +147,33 @@ def activation_bytes(network: Network, passes: Passes, rank: int = 0, checkpoint
 
 
 def memory(
-    network: Network, w: Work, *, stored: int, shards: int, rank: int, checkpointing: bool, once: bool
+    network: Network, w: Work, *, stored: int, shards: int, rank: int, checkpointing: bool, gather_rollouts: bool
 ) -> dict[str, float]:
-    """Bytes of one GPU in the backward pass of a micro-batch.
+    """Bytes of one GPU in the backward pass of a micro-batch; and in a rollout, which has other activations.
 
     stored: bytes of a stored weight; adapters are float32. Gradients and Adam's moments are like what they belong to.
+    A rollout's activations are an estimate: per token the residual stream, norms and MLP of one layer.
     """
     n, adapters, layer = network.parameters, network.adapters(rank), network.layer_parameters
     trained = FP32 * adapters if rank else stored * n
-    gathered = n if once else n - (network.layers - 2) * layer  # a layer, the next one, the embedding and the head
-    logits = min(HEAD_BYTES, FP32 * network.vocab_size * w.updates.positions / w.updates.calls)
-    return {
+    held = {
         "weights": (stored * n + FP32 * adapters) / shards,
         "gradients": trained / shards,
         "optimizer": 2 * trained / shards,
         "reference": stored * n / shards if w.reference.calls and not rank else 0,
-        "gathered weights": BF16 * gathered if shards > 1 else 0,
-        "activations": activation_bytes(network, w.updates, rank, checkpointing),
-        "logits": LOGIT_COPIES * logits,
     }
+    logits = LOGIT_COPIES * min(HEAD_BYTES, FP32 * network.vocab_size * w.updates.positions / w.updates.calls)
+    few = n - (network.layers - 2) * layer  # a layer, the next one, the embedding and the head
+    tokens = w.rollout.rows * w.rollout.width / w.rollout.calls
+    decoding = BF16 * tokens * (6 * network.intermediate_size + 4 * network.hidden_size)
+    whole = BF16 * (n if gather_rollouts else few) if shards > 1 else 0
+    backward = {
+        "gathered weights": BF16 * few if shards > 1 else 0,
+        "activations": activation_bytes(network, w.updates, rank, checkpointing),
+        "logits": logits,
+    }
+    rollout = sum(held.values()) + whole + decoding + logits
+    return held | backward | {"total": sum((held | backward).values()), "total in the rollout": rollout}
 
 
 def expected_work(rollout: Passes, likelihood: Likelihood, completions: int, length: int, sets: int, **options) -> Work:
@@ -193,7 +205,7 @@ def cost(
     gradient_checkpointing: bool = False,
     gpus: tuple[int, ...] = (8, 64, 512),
     shards: int | None = 1,
-    gather_once: bool = False,
+    gather_rollouts: bool = True,
     hardware: Hardware = Hardware(),
     output: str | None = None,
 ) -> dict:
@@ -217,7 +229,7 @@ def cost(
         gradient_checkpointing: recompute layers in the backward pass.
         gpus: one column for each number of GPUs.
         shards: GPUs that share one copy of the weights: 1 = DDP, null = all (FSDP), 8 of 64 = hybrid.
-        gather_once: gather sharded weights once after each change instead of in every pass.
+        gather_rollouts: keep sharded weights together for a whole rollout, as in `ESPOModule`.
         hardware: assumed speeds.
         output: a JSON file to write.
 
@@ -243,7 +255,7 @@ def cost(
     paper = 2 * network.parameters * rollout.width * completions
     columns = []
     for n in gpus:
-        shared = {"shards": shards or n, "rank": rank, "once": gather_once}
+        shared = {"shards": shards or n, "rank": rank, "gather_rollouts": gather_rollouts}
         size, seconds = collectives(network, w, hardware, gpus=n, updates=updates, **shared)
         stored = BF16 if dtype == "bfloat16" else FP32
         held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, **shared)
@@ -252,12 +264,12 @@ def cost(
         columns.append(
             {
                 "completions per rollout": {"": n * completions},
-                "PFLOP per GPU": in_units(spent, 1e15)
+                "PFLOP per GPU": with_total(spent, 1e15)
                 | {
                     "paper, 2ND(T + 6 mu M)": paper * (decoding.steps + 6 * updates * draws) / 1e15,
                     "2ND(T + 10 mu M)": paper * (decoding.steps + 10 * updates * draws) / 1e15,
                 },
-                "GB received per GPU": in_units(size, 1e9),
+                "GB received per GPU": with_total(size, 1e9),
                 "seconds": {
                     f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()
                 },
@@ -266,7 +278,7 @@ def cost(
                     "received, in the rollout": spent["rollout"] / size["rollout"] if size["rollout"] else None,
                     "received, in the updates": spent["updates"] / size["updates"] if size["updates"] else None,
                 },
-                "GB of memory per GPU": in_units(held, 1e9),
+                "GB of memory per GPU": {part: n / 1e9 for part, n in held.items()},
             }
         )
     table = {group: {row: [c[group][row] for c in columns] for row in rows} for group, rows in columns[0].items()}
@@ -282,7 +294,7 @@ def merge_scores(phases: dict[str, float]) -> dict[str, float]:
     return {"rollout": phases["rollout"], "scores": scores, "updates": phases["updates"]}
 
 
-def in_units(values: dict[str, float], unit: float) -> dict[str, float]:
+def with_total(values: dict[str, float], unit: float) -> dict[str, float]:
     """All values in a unit, and their sum."""
     return {key: value / unit for key, value in (values | {"total": sum(values.values())}).items()}
 

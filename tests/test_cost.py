@@ -239,17 +239,19 @@ def test_memory_counts_weights_gradients_moments_and_reference(checkpoints, tmp_
         passes = decoding_passes(DECODING, 8, width)
         w = work(passes, module.last_rollout.masks, updates=2, reference=True, micro_batch=8, view_by_view=False)
         network = read_network(str(checkpoints["llada"]))
-        held = memory(network, w, stored=4, shards=1, rank=rank, checkpointing=False, once=False)
+        held = memory(network, w, stored=4, shards=1, rank=rank, checkpointing=False, gather_rollouts=False)
         for name, parts in tensors.items():
             assert held[name] == sum(t.nbytes for t in parts), name
 
 
-def received(gpus, shards, *, rank=0, once=False, **changes):
+def received(gpus, shards, *, rank=0, gather_rollouts=False, **changes):
     masks = [ELBO().draw(torch.arange(8), 16)] * 2
     options = {"updates": 2, "reference": True, "micro_batch": 2, "view_by_view": False} | changes
     w = work(decoding_passes(DECODING, 8, 20), masks, **options)
     network = replace(LLADA_8B, layers=2)
-    size, _ = collectives(network, w, Hardware(), gpus=gpus, shards=shards, updates=2, rank=rank, once=once)
+    size, _ = collectives(
+        network, w, Hardware(), gpus=gpus, shards=shards, updates=2, rank=rank, gather_rollouts=gather_rollouts
+    )
     return {phase: n / network.parameters for phase, n in size.items()}
 
 
@@ -262,8 +264,7 @@ def test_collectives_by_hand():
     assert ddp == {"rollout": 0, "old scores": 0, "reference": 0, "updates": 2 * 4}  # an all-reduce per update
     fsdp = received(2, 2)
     assert fsdp == {"rollout": 8, "old scores": 4, "reference": 8, "updates": 8 * 2 + 8 * 2}
-    once = received(2, 2, once=True)
-    assert once == {"rollout": 1, "old scores": 0, "reference": 1, "updates": 1 + 8 * 2}
+    assert received(2, 2, gather_rollouts=True) == fsdp | {"rollout": 1}
     hybrid = received(4, 2)  # replicas of a half exchange it once more
     assert hybrid == fsdp | {"updates": fsdp["updates"] + 8 * 2}
     assert received(2, 2, view_by_view=True)["updates"] == 8 + 16 * 2 + 16 * 2
@@ -304,7 +305,7 @@ BASE = {"decoding": DECODING, "likelihood": ELBO(), "updates": 3, "gpus": (2, 16
         {"gradient_checkpointing": True},
         {"gpus": (2, 8)},
         {"shards": None},
-        {"gather_once": True},
+        {"gather_rollouts": False},
         *({"hardware": Hardware(**{key: 1})} for key in ("tflops", "utilisation", "node", "nvlink", "network")),
     ],
     ids=lambda change: "-".join(f"{k}" for k in change),
@@ -353,7 +354,10 @@ def overview(flags: str) -> str:
         [sum(column) for column in zip(*(values for row, values in seconds.items() if row.startswith(kind)))]
         for kind in ("computing", "collectives")
     )
-    memory = " / ".join(f"{x:.0f}" for x in table["GB of memory per GPU"]["total"])
+    memory = " / ".join(
+        f"{max(pair):.0f}"
+        for pair in zip(*(table["GB of memory per GPU"][t] for t in ("total", "total in the rollout")))
+    )
     share = table["PFLOP per GPU"]["rollout"][0] / table["PFLOP per GPU"]["total"][0]
     cells = [
         f"{table['PFLOP per GPU']['total'][0]:.1f}",

@@ -111,7 +111,7 @@ def test_both_models_have_the_same_settings_but_for_weights_and_decoder():
     assert llada == dream
 
 
-# METHOD: recipes/run_TASK_llada.sh of https://github.com/ML-GSAI/ESPO, commit b5f2dac
+# recipes/run_TASK_llada.sh of https://github.com/ML-GSAI/ESPO, commit b5f2dac
 PUBLISHED = {  # beta, eps, lr, weight decay, G, completions per update, steps, clip-norm, LoRA
     "sudoku": (1e-2, 0.2, 3e-6, 0.01, 6, 96, 128, 0.2, True),
     "countdown": (3e-3, 0.0, 3e-6, 0.01, 6, 96, 128, 0.2, True),
