@@ -21,10 +21,13 @@ from espo_lightning.module import ESPOModule, Rollout
 from espo_lightning.policy import Policy, Prompts
 from espo_lightning.sampler import Decoding, generate, low_confidence, random_order
 from espo_lightning.scratch import new_policy
+from espo_lightning.strategies import FSDP, FSDP2
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 
 __all__ = [
     "ELBO",
+    "FSDP",
+    "FSDP2",
     "Countdown",
     "Decoding",
     "ESPOModule",
