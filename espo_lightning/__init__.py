@@ -34,10 +34,13 @@ from espo_lightning.sampler import (
     random_order,
 )
 from espo_lightning.scratch import new_policy
+from espo_lightning.strategies import FSDP, FSDP2
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 
 __all__ = [
     "ELBO",
+    "FSDP",
+    "FSDP2",
     "Autoregressive",
     "AutoregressiveDecoding",
     "Countdown",

@@ -114,6 +114,18 @@ def test_float32_adapters_train_on_a_bfloat16_base(one, two, strategy):
     assert first == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("name", RESUMED)
+def test_one_process_stops_after_any_rollout_and_goes_on_bit_for_bit(folder, one, name, after):
+    checkpoint = folder / f"one_{name}.ckpt"
+    if after != 2:  # which is there already
+        checkpoint = folder / f"one_{name}_{after}.ckpt"
+        two_processes.run(name, "auto", 1, folder, save=checkpoint, after=after)
+    resumed = two_processes.run(name, "auto", 1, folder, resume=checkpoint)
+    assert len(resumed["rollouts"]) == 4 - after
+    assert_same(resumed, one[name], exactly=True)
+
+
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_equals_the_whole_one(one, two, strategy, name):

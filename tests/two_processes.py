@@ -59,14 +59,14 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "bf16 base": {"policy": partial(lora_policy, torch.bfloat16), **ADAM},
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
-RESUMED = ("sync", "lora")  # saved after the second rollout
+RESUMED = ("sync", "lora")
 
 
 class Record(Callback):
     """What every rollout was on all processes together, in the order of the ranks, and its metrics."""
 
-    def __init__(self, poison: bool, save: Path | None):
-        self.poison, self.save, self.rollouts, self.metrics = poison, save, [], []
+    def __init__(self, poison: bool, save: Path | None, after: int):
+        self.poison, self.save, self.after, self.rollouts, self.metrics = poison, save, after, [], []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if self.poison:  # one process is enough
@@ -82,7 +82,7 @@ class Record(Callback):
         self.rollouts.append({**both, "rows": rows, "counted": counted, "dtype": terms})
         timed = ("time/", "speed/")
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(timed)})
-        if self.save and batch_idx == 1:
+        if self.save and module.rollouts == self.after:
             trainer.save_checkpoint(self.save)
 
 
@@ -96,13 +96,26 @@ class CountAllGathers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def run(name: str, strategy, devices: int, folder: Path, save: Path | None = None, resume: Path | None = None) -> dict:
-    """Four rollouts of four prompts: what happened, the complete final weights, the number of all-gathers."""
+def run(
+    name: str,
+    strategy,
+    devices: int,
+    folder: Path,
+    save: Path | None = None,
+    after: int = 2,
+    resume: Path | None = None,
+) -> dict:
+    """Four rollouts of four prompts: what happened, the complete final weights, the number of all-gathers.
+
+    Args:
+        save: a checkpoint to write after so many rollouts.
+        resume: a checkpoint to begin with.
+    """
     settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name]}
     poison, precision = settings.pop("poison", False), settings.pop("precision", "32-true")
     module = small_module(settings.pop("policy", small_policy)(), **settings)
     data = PromptDataModule(Letters(), batch_size=4, batches=4, eval_problems=4, eval_batch_size=4)
-    record = Record(poison, save)
+    record = Record(poison, save, after)
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, precision=precision, max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
