@@ -20,7 +20,7 @@ class Failing(Task):
     """Problems that are harmless until the third batch of two, where one process meets something else.
 
     Args:
-        mode: "raise", "sleep" (in the verifier), "kill" or "none".
+        mode: "raise", "sleep" (in the verifier), "kill", "interrupt" (Ctrl-C) or "none".
         rank: of the process.
     """
 
@@ -33,4 +33,6 @@ class Failing(Task):
             raise KeyError("the third batch")
         if bad and self.mode == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if bad and self.mode == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
         return Problem("abc", partial(verify, self.mode if bad else "none"), "aaaa")
