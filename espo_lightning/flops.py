@@ -89,9 +89,18 @@ class Passes:
 
 
 def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
-    """Those of `generate`: every row in every step, the head at what is still hidden in the active block."""
-    hidden = [sum(commits[step:]) for commits in decoding.commits for step in range(len(commits))]
-    return Passes(len(hidden), completions * len(hidden), width, completions * sum(hidden))
+    """Those of `generate`: every row in every step that may commit, the head at what is hidden in the active block.
+
+    ``origin_schedule`` counts with its mean. What ``threshold``, ``early_stop`` and ``prefix_cache`` save depends on
+    the data and is not counted: an upper bound for them.
+    """
+    hidden, left = [], decoding.block_length
+    for count, bar in decoding.schedule(decoding.block_length, decoding.steps // decoding.blocks):
+        if count or bar < 1:
+            hidden.append(left)
+        left -= left * (1 - bar) if bar < 1 else count
+    calls = decoding.blocks * len(hidden)
+    return Passes(calls, completions * calls, width, completions * decoding.blocks * sum(hidden))
 
 
 def scoring_passes(masks: Masks, width: int, micro_batch: int) -> Passes:
