@@ -85,7 +85,7 @@ class ESPOModule(LightningModule):
         micro_batch: completions per forward and backward pass; null = all at once.
         view_by_view: backpropagate one mask view at a time: same gradient, the memory of one view, one more forward.
         gather_rollouts: under FSDP, gather every weight once per rollout, not in every forward pass. Needs the memory
-            of the whole policy; false needs that of one layer, and is many times slower.
+            of the whole policy; false needs that of one layer.
         compile: backend for torch.compile of the network, such as "inductor"; null = eager. Pays after a warm-up.
         max_skipped: stop after so many updates in a row with a NaN or infinite gradient.
         max_prompt_length: longest prompt in tokens; longer ones raise.

@@ -94,7 +94,7 @@ class RunCheckpoint(Checkpoint):
             raise ValueError(f"checkpoint_every and keep_checkpoints must be at least 1, got {every} and {keep}")
         self.folder, self.every, self.keep, self.policy_folder = folder, every, keep, policy_folder
         self.done = 0  # batches
-        self.interrupted = False
+        self.requested = self.interrupted = False  # Ctrl-C: seen by this process; agreed on by all
 
     @property
     def complete(self) -> list[Path]:
@@ -139,7 +139,7 @@ class RunCheckpoint(Checkpoint):
             trainer.strategy.launcher.kill(signal.SIGKILL)  # they may hang in a collective
 
     def _interrupt(self, number: int, frame) -> None:
-        self.interrupted = True
+        self.requested = True
         signal.signal(signal.SIGINT, self._previous)
         if rank_zero_only.rank == 0:
             sys.stderr.write("\nCtrl-C: finishing this batch, then saving a checkpoint; press again to stop at once.\n")
@@ -154,12 +154,12 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
         self.done = batch_idx + 1
-        stop = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)  # ranks agree
+        # a Ctrl-C during this very line counts for the next batch
+        self.interrupted = trainer.strategy.reduce_boolean_decision(self.requested, all=False)
         moments = (self.every, trainer.num_training_batches, trainer.val_check_batch)
-        if stop or any(self.done % moment == 0 for moment in moments if moment):
+        if self.interrupted or any(self.done % moment == 0 for moment in moments if moment):
             self.save(trainer)
-        trainer.should_stop = trainer.should_stop or stop
-        self.interrupted = stop
+        trainer.should_stop = trainer.should_stop or self.interrupted
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of this moment, then remove those that are neither new nor best.
