@@ -193,17 +193,35 @@ def reaped_seconds(pid: int) -> float:
     return sum(map(int, stat(pid)[13:15])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.fixture(scope="module")
+def fresh():
+    """A pool of one worker, whose children have used next to no processor time before they hang."""
+    pool = maths.Workers(1)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.parametrize("answer", HANGS)
-def test_a_comparison_that_hangs_is_killed_outside_the_main_thread(answer):
+def test_a_comparison_that_hangs_is_killed_outside_the_main_thread(fresh, answer):
     """After a second of processor time, from a thread. Reward 0; what costs no second ends by itself."""
-    pool = maths._workers()
+    pool = fresh
     with ThreadPoolExecutor(1) as threads:
         assert threads.submit(pool.compare, "\\sqrt{8}", "2\\sqrt{2}").result() == "equal"
-        server = pool._idle.queue[-1].process.pid  # the one that comes next
+        server = pool._idle.queue[0].process.pid
         before = reaped_seconds(server)
         assert threads.submit(pool.compare, "7", answer).result() in ("timeout", "failed", "different")
         assert reaped_seconds(server) - before < 1.5
         assert threads.submit(pool.compare, "\\sqrt{8}", "2\\sqrt{2}").result() == "equal"
+
+
+def test_a_hanging_request_that_met_a_dead_child_costs_no_other():
+    """It was sent twice; the second copy may not take the time of the next request."""
+    pool = maths.Workers(1)
+    assert pool.compare("\\sqrt{8}", "2\\sqrt{2}") == "equal"
+    os.kill(pool._idle.queue[0].child, signal.SIGKILL)
+    assert pool.compare("7", "9^{9^{9^{9}}}") == "timeout"
+    assert [pool.compare("\\sqrt{8}", f"{n}\\sqrt{{2}}") for n in (2, 3)] == ["equal", "different"]
+    pool.close()
 
 
 def test_a_worker_that_makes_no_progress_is_given_up(monkeypatch):
@@ -437,8 +455,8 @@ def test_fuzz(count):
 
 @pytest.mark.parametrize("text", ["\\boxed{" * 5000, "{" * 20_000, "$" * 20_000, "answer is " * 5000, "1," * 20_000])
 def test_long_texts_are_linear(text):
-    start = time.perf_counter()
+    start = time.thread_time()
     for numbers in (True, False):
         verify_math(text, "7", numbers)
         verify_math(text + "}", "\\frac{1}{2}", numbers)
-    assert time.perf_counter() - start < 2.5
+    assert time.thread_time() - start < 1.0

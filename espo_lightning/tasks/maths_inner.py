@@ -44,11 +44,19 @@ def read_request(data: bytearray) -> tuple[int, bytes]:
     return number, body
 
 
-def child(replies: int, memory_mb: int, ended_by: int) -> None:
+def reply(kind: bytes, value: int, number: int) -> None:
+    """Answer the owner. If it is gone, end, and the server with this child (another one would fare no better)."""
+    try:
+        os.write(REPLIES, REPLY.pack(kind, value, number))
+    except BrokenPipeError:
+        os._exit(0)
+
+
+def child(memory_mb: int, ended_by: int) -> None:
     """Serve requests until killed. ``ended_by``: the signal that killed the child before, 0 for the first."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.write(replies, REPLY.pack(b"R", os.getpid(), ended_by))
+    reply(b"R", os.getpid(), ended_by)
     data = bytearray()
     while True:
         request, body = read_request(data)
@@ -56,16 +64,16 @@ def child(replies: int, memory_mb: int, ended_by: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
         verdict = equivalent(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        os.write(replies, REPLY.pack(b"V", verdict, request))
+        reply(b"V", verdict, request)
 
 
 if __name__ == "__main__":
-    replies = os.dup(1)  # whatever libraries print goes nowhere
+    REPLIES = os.dup(1)  # whatever libraries print goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     equivalent("\\frac{1}{2}", "0.5")  # imports and warms up what every child then shares
     status = 0
     while True:
         if (pid := os.fork()) == 0:
-            child(replies, int(sys.argv[1]), os.WTERMSIG(status))
+            child(int(sys.argv[1]), os.WTERMSIG(status))
         if (status := os.waitpid(pid, 0)[1]) == 0:
             sys.exit()
