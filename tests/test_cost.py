@@ -13,7 +13,18 @@ from conftest import fit
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from espo_lightning import ELBO, Decoding, ESPOModule, LoRA, MeanField, Prompts, TimeELBO, load_policy, score
+from espo_lightning import (
+    ELBO,
+    Decoding,
+    ESPOModule,
+    LoRA,
+    MeanField,
+    Prompts,
+    TimeELBO,
+    dream_schedule,
+    load_policy,
+    score,
+)
 from espo_lightning import cost as calculator
 from espo_lightning import flops as counting
 from espo_lightning.cost import Hardware, activation_bytes, collectives, cost, memory, read_network
@@ -85,6 +96,7 @@ def checkpoints(tmp_path_factory):
 SMALL_LORA = LoRA(rank=RANK, alpha=8)
 CASES = {
     "plain": {},
+    "Dream's schedule": {"decoding": Decoding(16, 16, 8, schedule=dream_schedule)},
     "more draws and updates": {"likelihood": ELBO(draws=2), "updates": 3},
     "not coupled": {"likelihood": ELBO(coupled=False)},
     "mean field": {"likelihood": MeanField()},

@@ -110,7 +110,7 @@ def test_float32_adapters_train_on_a_bfloat16_base(one, two, strategy):
     for name, weight in result["weights"].items():
         assert weight.dtype == start[name].dtype
         assert torch.equal(weight, start[name]) != (".lora_" in name)
-    first, expected = (r["metrics"][0]["train/elbo_per_token"] for r in (result, one["bf16 base"]))
+    first, expected = (r["metrics"][0]["train/score_per_token"] for r in (result, one["bf16 base"]))
     assert first == pytest.approx(expected, rel=0.02)
 
 
