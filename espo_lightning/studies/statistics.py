@@ -20,5 +20,5 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    below = (values.unsqueeze(0) < values.unsqueeze(1)).sum(1)
-    return below + ((values.unsqueeze(0) == values.unsqueeze(1)).sum(1) - 1) / 2
+    below = (values.unsqueeze(0) < values.unsqueeze(1)).sum(1).double()
+    return below + ((values.unsqueeze(0) == values.unsqueeze(1)).sum(1).double() - 1) / 2
