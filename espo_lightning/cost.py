@@ -249,7 +249,14 @@ def cost(
     rollout = decoding_passes(decoding, completions, prompt_length + decoding.length)
 
     options = {"updates": updates, "reference": beta != 0, "micro_batch": micro_batch, "view_by_view": view_by_view}
-    w = expected_work(rollout, likelihood, completions, decoding.length, updates if fresh_masks and likelihood.random else 1, **options)
+    w = expected_work(
+        rollout,
+        likelihood,
+        completions,
+        decoding.length,
+        updates if fresh_masks and likelihood.random else 1,
+        **options,
+    )
     draws = getattr(likelihood, "draws", 1)
     spent = flops(network, w, rank, gradient_checkpointing)
     paper = 2 * network.parameters * rollout.width * completions

@@ -111,7 +111,7 @@ def save_result(
         parameters: the notebook's, without `SETTINGS`.
         per_seed: from `over_seeds`.
         summary: numbers over the seeds.
-        findings: statements that were made before the numbers were seen, and whether they held.
+        findings: the statements of the notebook's expectations, and whether they held.
 
     Raises:
         ValueError: see `check_result`; nothing is written.
