@@ -108,6 +108,7 @@ def test_gradient_bias_and_a_step_along_the_exact_gradient(policy, state):
     assert one_step(state, vectors, step) == {}  # nowhere to go
 
 
+@pytest.mark.slow
 def test_estimator_errors_are_those_of_the_library_s_draws(policy):
     problem = Sudoku(empty=3).problem("train", 0, 0)
     state = sudoku_state(policy, problem)
