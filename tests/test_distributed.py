@@ -322,6 +322,7 @@ def die_and_resume(tiny: str, run_dir: Path, whole: Path, deaths: int) -> None:
     assert all(torch.equal(w, weights(whole)[k]) for k, w in weights(run_dir).items())
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_a_checkpoint_that_loads(tiny, whole, tmp_path):
     die_and_resume(tiny, tmp_path / "run", whole, deaths=1)
 
