@@ -15,8 +15,10 @@ from espo_lightning.exact import (
     low_confidence_log_likelihoods,
     subset_log_probs,
 )
+from espo_lightning.gradients import cosine
 from espo_lightning.masking import fold_in
 from espo_lightning.studies import rank_correlation
+from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
 from espo_lightning.studies.kl import value_moments
 from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
 from espo_lightning.studies.states import SUDOKU, contested_states, empty_cells, new_module, sudoku_state, train
@@ -169,3 +171,41 @@ def test_ratios_agree_before_the_first_update_and_part_after_it(policy, state):
         assert token == pytest.approx(sequence, rel=1e-4)
     assert end["states"][0]["kl"] > 1e-7
     assert end["batch"]["cosine"]["token, ELBO M=1, inf"] != end["batch"]["cosine"]["sequence, ELBO M=1, inf"]
+
+
+def test_causal_gradients(policy):
+    old, new = load_policy(CAUSAL), load_policy(CAUSAL)
+    (puzzle,) = contested_fillings(old, seed=0, count=1, free=2)
+    assert puzzle.completions.shape == (16, 16)
+    assert (puzzle.rewards == 1).sum() == 1
+    same = causal_off_policy([puzzle], old, old, [1.0])
+    assert 0.98 < same["covered"] <= 1 + 1e-6  # it copies the givens
+    for measure, of_target in (("cosine", 1), ("scale", 1 / 16)):  # the ratios' mean over the canvas
+        assert same["batch"][measure] == pytest.approx(dict.fromkeys(same["batch"][measure], of_target), rel=1e-4)
+    assert len(set(same["batch"]["cosine"])) == 4
+
+    with torch.no_grad():
+        for p, q in zip(new.parameters(), load_policy(SUDOKU).parameters()):
+            if p.shape == q.shape:
+                p.add_(0.1 * q)  # somewhere else
+    moved = causal_off_policy([puzzle], old, new, [])
+    assert moved["kl"] > 0.01
+    # every gradient by autograd through all completions at once
+    with torch.no_grad():
+        before = causal_terms(old, puzzle)[0]
+    law = before.sum(1).exp() / before.sum(1).exp().sum()
+    weight = law * (puzzle.rewards - law @ puzzle.rewards)
+    change = causal_terms(new, puzzle)[0] - before
+    objectives = {
+        "target": weight @ change.sum(1).exp(),
+        "token, inf": weight @ change.exp().mean(1),
+        "sequence, inf": weight @ change.mean(1).exp(),
+    }
+    target, *others = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, list(new.parameters()), retain_graph=True)])
+        for x in objectives.values()
+    )
+    for name, gradient in zip(list(objectives)[1:], others):
+        assert moved["batch"]["cosine"][name] == pytest.approx(cosine(gradient, target), abs=1e-4)
+        assert moved["batch"]["scale"][name] == pytest.approx(float(gradient.norm() / target.norm()), rel=1e-3)
+    assert abs(moved["batch"]["scale"]["token, inf"] / moved["batch"]["scale"]["sequence, inf"] - 1) > 0.01

@@ -5,9 +5,10 @@ cells and 4 digits (`FreeCells`) and all 4^n completions, their ELBOs, gradients
 Training is the library's default run, on puzzles with 8 empty cells.
 """
 
+from espo_lightning.studies.causal import causal_ratios
 from espo_lightning.studies.kl import kl_estimators, kl_training
 from espo_lightning.studies.ratios import ratios
 from espo_lightning.studies.statistics import rank_correlation
 from espo_lightning.studies.tightness import tightness
 
-__all__ = ["kl_estimators", "kl_training", "rank_correlation", "ratios", "tightness"]
+__all__ = ["causal_ratios", "kl_estimators", "kl_training", "rank_correlation", "ratios", "tightness"]
