@@ -66,11 +66,14 @@ STYLE = {
 
 
 def panels(*titles: str, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A row of panels in the style of all notebooks, legible at the width of a README."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * max(2, len(titles)), height), squeeze=False)
-        for axis, title in zip(axes[0], titles):
-            axis.set_title(title)
+    """A row of panels in the style of all notebooks, legible at the width of a README.
+
+    The style stays for what is drawn next, legends included.
+    """
+    plt.rcParams.update(STYLE)
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * max(2, len(titles)), height), squeeze=False)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
     return figure, list(axes[0])
 
 
@@ -99,6 +102,5 @@ def save(figure: Figure, results: str | Path, name: str, file: str) -> Path:
     """Write ``results/<name>/<file>.png``."""
     folder = Path(results) / name
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        figure.savefig(folder / f"{file}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{file}.png", metadata={"Software": None})
     return folder / f"{file}.png"

@@ -13,7 +13,16 @@ import torch
 import yaml
 
 from espo_lightning import notebooks
-from espo_lightning.notebooks import SETTINGS, check_result, execute, main, notebook_parameters, over_seeds, save_result
+from espo_lightning.notebooks import (
+    SETTINGS,
+    check_result,
+    execute,
+    main,
+    notebook_parameters,
+    over_arms,
+    over_seeds,
+    save_result,
+)
 from espo_lightning.plots import COLOURS, line, panels
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +234,23 @@ def test_over_seeds_keeps_what_is_finished(tmp_path, monkeypatch):
     assert [row["value"] for row in over_seeds(study, [2], **(settings | {"power": 1}))] == [2]  # other settings
     assert [row["value"] for row in over_seeds(study, [2], **(settings | {"cache": None}))] == [8]
     assert log.read_text().split() == ["4", "2", "5", "2", "2"]
+
+
+def test_over_arms_keeps_every_arm_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "ProcessPoolExecutor", Inline)
+    log = tmp_path / "log"
+    settings = {"cache": tmp_path / "cache", "log": str(log)}
+    arms = {"square": {}, "cube": {"power": 3}}
+    rows = over_arms(study, arms, [3, 2], **settings)
+    assert {name: [row["value"] for row in found] for name, found in rows.items()} == {
+        "square": [9, 4],
+        "cube": [27, 8],
+    }
+    assert len(list((tmp_path / "cache").rglob("seed_*.json"))) == 4
+    more = over_arms(study, arms | {"fourth": {"power": 4}}, [2, 3], **settings)
+    assert [row["value"] for row in more["fourth"]] == [16, 81]
+    assert len(log.read_text().split()) == 6  # only the new arm
+    assert over_seeds(study, [2], power=3, **settings) == [rows["cube"][1]]
 
 
 def test_over_seeds_in_processes_of_one_thread(tmp_path):
