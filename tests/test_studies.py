@@ -22,7 +22,7 @@ from espo_lightning.studies import training
 from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
 from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
 from espo_lightning.studies.compute import paper_costs, step_costs
-from espo_lightning.studies.jump import Curriculum, jump, probe
+from espo_lightning.studies.jump import Curriculum, covered, growth, jump, probe
 from espo_lightning.studies.kl import value_moments
 from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
 from espo_lightning.studies.states import (
@@ -37,7 +37,7 @@ from espo_lightning.studies.states import (
     train,
     true_measures,
 )
-from espo_lightning.studies.statistics import broken_line, rank_correlation
+from espo_lightning.studies.statistics import broken_line, first_above, rank_correlation
 from espo_lightning.studies.tightness import estimator_errors, gradient_bias, mean_field, one_step
 
 TASK = Sudoku(empty=2)
@@ -83,6 +83,11 @@ def test_broken_line():
     assert noisy.r2 < noisy.r2_broken < 1  # two lines never fit worse
     with pytest.raises(ValueError, match="got 3 x and 3 y"):
         broken_line([1, 2, 3], [1, 2, 4])
+
+
+def test_first_above():
+    assert first_above([0.1, 0.5, 0.2, 0.6], 0.5) == 1
+    assert first_above([0.1, 0.2], 0.5) is None
 
 
 def test_a_state_is_the_puzzle(policy):
@@ -376,3 +381,22 @@ def test_a_jump_starts_every_reward_from_the_same_base():
     assert cell["probes"][1] != cell["probes"][0]
     assert len(cell["reward"]) == len(curriculum["cell"]) == 1
     assert curriculum["exact"] == curriculum["reward"]  # all or nothing
+
+
+def test_growth_of_log_odds():
+    def probes(log_odds):
+        return [
+            {"rollout": 5 * i, "log_odds": x, "probability": 1 / (1 + math.exp(-x))} for i, x in enumerate(log_odds)
+        ]
+
+    logistic = probes([-6, -4, -2, 0, 2, 4, 4, 4.1])  # the tail after 90 % of the way does not count
+    fit = growth(logistic)
+    assert (fit["slope"], fit["r2"]) == pytest.approx((0.4, 1))
+    assert covered(logistic) == pytest.approx(4 / 10.1)  # at -2: 0.12
+    jump_ = growth(probes([-6, -6, -6, -6, 0, 6]))
+    assert jump_["r2"] < 0.8
+    assert jump_["after"] > 10 * jump_["before"]
+    assert growth(probes([-6, -6, 4])) is None
+    assert growth(probes([-6] * 8)) is None
+    assert covered(probes([-6, -5])) is None
+    assert covered(probes([0, 1])) is None

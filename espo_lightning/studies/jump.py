@@ -10,6 +10,7 @@ from espo_lightning.policy import Policy
 from espo_lightning.sft import encode_answers
 from espo_lightning.studies.arms import PROMPTS
 from espo_lightning.studies.states import SUDOKU, empty_cells, held_out, new_module, teach, train
+from espo_lightning.studies.statistics import broken_line, first_above
 from espo_lightning.tasks import Problem, Sudoku, Task
 
 LESSON_RATE = 5e-4  # the peak learning rate of the lessons that make a right answer rarer
@@ -107,3 +108,22 @@ def probe(policy: Policy, problems: list[Problem]) -> dict[str, float]:
         "probability": float(f"{float(probability.mean()):.4g}"),
         "log_odds": round(float(probability.logit(eps=1e-9).mean()), 4),
     }
+
+
+def growth(probes: list[dict]) -> dict[str, float] | None:
+    """`broken_line` of the log-odds over the rollouts, from the first to 90 % of the way; None if there are too few."""
+    values = [p["log_odds"] for p in probes]
+    end = first_above(values, values[0] + 0.9 * (max(values) - values[0])) + 1
+    if end < 4 or len(set(values[:end])) < 2:
+        return None
+    return broken_line([p["rollout"] for p in probes[:end]], values[:end])._asdict()
+
+
+def covered(probes: list[dict], level: float = 0.1) -> float | None:
+    """Share of the log-odds' way to their maximum that is behind when the probability first reaches ``level``.
+
+    None if it never does, or did at the start.
+    """
+    index = first_above([p["probability"] for p in probes], level)
+    values = [p["log_odds"] for p in probes]
+    return (values[index] - values[0]) / (max(values) - values[0]) if index else None

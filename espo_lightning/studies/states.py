@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from espo_lightning.data import PromptDataModule
+from espo_lightning.data import ProblemLoader, PromptDataModule
 from espo_lightning.evaluate import solve
 from espo_lightning.exact import (
     FreeCells,
@@ -76,8 +76,9 @@ def train(
         Diverged: see `ESPOModule`'s ``max_skipped``.
     """
     snapshots = Snapshots(at)
+    data = PromptDataModule(task, batch_size=batch, batches=rollouts, eval_problems=1, eval_batch_size=1, seed=seed)
     try:
-        _fit(module, task, seed, rollouts, batch, snapshots)
+        _fit(module, data, callbacks=snapshots)
     except FloatingPointError as error:
         raise Diverged(snapshots) from error
     return snapshots
@@ -86,13 +87,10 @@ def train(
 def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128) -> None:
     """More supervised lessons of a task for a policy, as `sft` gives them."""
     module = SFTModule(policy, optimizer=partial(torch.optim.AdamW, lr=lr), likelihood=LESSONS, seed=seed)
-    _fit(module, task, seed, batches, batch)
+    _fit(module, ProblemLoader(task, "train", seed, batch, batches, rank=0, world=1))
 
 
-def _fit(
-    module: LightningModule, task: Task, seed: int, batches: int, batch: int, callback: Callback | None = None
-) -> None:
-    data = PromptDataModule(task, batch_size=batch, batches=batches, eval_problems=1, eval_batch_size=1, seed=seed)
+def _fit(module: LightningModule, data: PromptDataModule | ProblemLoader, **settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
@@ -103,7 +101,7 @@ def _fit(
             enable_model_summary=False,
             limit_val_batches=0,
             default_root_dir=folder,
-            callbacks=callback,
+            **settings,
         )
         trainer.fit(module, data)
 

@@ -20,6 +20,11 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(ranks.prod(0).sum() / norms) if norms > 0 else 0.0
 
 
+def first_above(values: Sequence[float], level: float) -> int | None:
+    """Index of the first value of at least ``level``; None if there is none."""
+    return next((i for i, value in enumerate(values) if value >= level), None)
+
+
 class BrokenLine(NamedTuple):
     """Least squares of y over x. slope, r2: of one straight line. knot, before, after, r2_broken: of two that meet."""
 
