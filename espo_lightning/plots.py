@@ -44,6 +44,7 @@ COLOURS = {
     "k2": BLUE,
     "k2_u": SKY,
     "k3": GREEN,
+    "d1 + k2": PURPLE,
     # rewards, and how rare the right mode is
     "cell": BLUE,
     "all or nothing": VERMILLION,
