@@ -22,7 +22,7 @@ from espo_lightning.studies import training
 from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
 from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
 from espo_lightning.studies.compute import paper_costs, step_costs
-from espo_lightning.studies.jump import Curriculum, covered, growth, jump, probe
+from espo_lightning.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe
 from espo_lightning.studies.kl import value_moments
 from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
 from espo_lightning.studies.states import (
@@ -363,6 +363,16 @@ def test_a_probe_is_the_exact_probability(policy):
     found = probe(policy, problems)
     assert found["probability"] == pytest.approx(float(sum(expected) / 2), rel=1e-3)
     assert found["log_odds"] == pytest.approx(float(sum(p.logit() for p in expected) / 2), abs=1e-3)
+
+
+def test_contested_problems_are_those_that_the_habit_gets_wrong():
+    problems = contested_problems(0, 6)
+    candidates = [Sudoku().problem("train", 0, i) for i in range(40)]
+    habits = [Sudoku(right=0.0).problem("train", 0, i).answer for i in range(40)]
+    wrong = [p for p, habit in zip(candidates, habits) if habit != p.answer]
+    assert [p.prompt for p in problems] == [p.prompt for p in wrong[:6]]
+    assert all(p.verify(p.answer)["exact"] for p in problems)
+    assert len(wrong) < 40  # now and then it is right
 
 
 def test_lessons_make_the_right_answer_rarer(policy):

@@ -54,7 +54,7 @@ def jump(
         lessons: batches of 128.
         rollouts: of every run.
         every: rollouts between two probes.
-        puzzles: whose right answers' exact likelihood is probed, with 8 empty cells; no training puzzles.
+        puzzles: of `contested_problems`, whose right answers' exact likelihood is probed; no training puzzles.
         problems: held-out puzzles, decoded greedily, before and after.
         levels, per_level: of the `Curriculum`; per_level in rollouts.
 
@@ -70,7 +70,7 @@ def jump(
     base = load_policy(SUDOKU)
     teach(base, Sudoku(right=right), seed, lessons, LESSON_RATE)
     weights = {name: value.clone() for name, value in base.state_dict().items()}
-    probed = [Sudoku().problem("train", seed + 2000, i) for i in range(puzzles)]
+    probed = contested_problems(seed + 2000, puzzles)
     arms = {}
     for reward in rewards:
         policy = load_policy(SUDOKU)
@@ -89,6 +89,17 @@ def jump(
             "held_out": held_out(policy, Sudoku(), problems),
         }
     return {"base": held_out(base, Sudoku(), problems), "arms": arms}
+
+
+def contested_problems(seed: int, count: int) -> list[Problem]:
+    """Puzzles with 8 empty cells for which the habit's answer is wrong; for some of them it happens to be right."""
+    found, index = [], 0
+    while len(found) < count:
+        problem, habit = (Sudoku(right=right).problem("train", seed, index) for right in (1.0, 0.0))
+        if not problem.verify(habit.answer)["exact"]:
+            found.append(problem)
+        index += 1
+    return found
 
 
 @torch.no_grad()
