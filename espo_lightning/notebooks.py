@@ -130,8 +130,8 @@ def save_result(
     result = {
         "name": name,
         "parameters": parameters,
-        "per_seed": per_seed,
-        "summary": summary,
+        "per_seed": _rounded(per_seed),
+        "summary": _rounded(summary),
         "findings": {statement: bool(held) for statement, held in findings.items()},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "machine": f"{platform.system()} {platform.machine()}, CPU",
@@ -144,6 +144,15 @@ def save_result(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with 6 significant digits: more are noise, and room in the repository."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def check_result(result: dict) -> None:
@@ -241,7 +250,8 @@ def execute(
     done = []
     for path, values in given.items():
         start = time.perf_counter()
-        running = target / f"{path.stem}.running.ipynb"  # a failed run leaves the earlier one as it was
+        # a failed run leaves the earlier one as it was, and is not taken for a notebook (whose names begin with digits)
+        running = target / f"running_{path.name}"
         papermill.execute_notebook(
             str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
         )

@@ -1,11 +1,14 @@
 """One look for every figure: a colour per method, the same everywhere, and lines over seeds."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -117,9 +120,33 @@ def line(
     axes.plot(x, middle, **{"color": colour, "marker": "o", "label": label or method, **style})
 
 
-def save(figure: Figure, results: str | Path, name: str, file: str) -> Path:
-    """Write ``results/<name>/<file>.png``."""
-    folder = Path(results) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{file}.png", metadata={"Software": None})
-    return folder / f"{file}.png"
+def legend(figure: Figure, columns: int = 6) -> None:
+    """One legend below all panels, each label once."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)))
+
+
+class Picture(NamedTuple):
+    """A written figure; a notebook shows it."""
+
+    path: Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __repr__(self) -> str:
+        return self.path.name
+
+
+def save(figure: Figure, results: str | Path, name: str, file: str) -> Picture:
+    """Write ``results/<name>/<file>.png`` with a palette of 256 colours, a third of the size, and close the figure."""
+    path = Path(results) / name / f"{file}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return Picture(path)

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from espo_lightning import notebooks
 from espo_lightning.notebooks import (
@@ -23,7 +24,7 @@ from espo_lightning.notebooks import (
     over_seeds,
     save_result,
 )
-from espo_lightning.plots import COLOURS, line, panels
+from espo_lightning.plots import COLOURS, legend, line, panels, save
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -172,7 +173,8 @@ def test_runner(folder, tmp_path, capsys):
     with pytest.raises(Exception, match="ZeroDivisionError"):
         execute(parameters={"a": 0}, output_dir="notebooks")
     assert (folder / "01_it.ipynb").read_bytes() == committed  # a failed run costs nothing
-    assert capsys.readouterr().out.count("01_it.ipynb") == 3
+    assert execute(name="01") == [Path("notebooks/01_it.ipynb")]  # and what it left is no notebook
+    assert capsys.readouterr().out.count("01_it.ipynb") == 4
 
 
 @pytest.mark.parametrize(
@@ -316,6 +318,28 @@ def test_outside_a_checkout_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setattr(notebooks, "__file__", str(tmp_path / "notebooks.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert notebooks._commit() == (None, None)
+
+
+def test_numbers_are_rounded(tmp_path):
+    result = save_result(tmp_path, "it", **good(summary={"x": [1 / 3, (2e-9 / 3,)], "n": 12345678, "is": True}))
+    assert result["summary"] == {"x": [0.333333, [6.66667e-10]], "n": 12345678, "is": True}
+
+
+def test_a_saved_figure_shows_what_was_written(tmp_path):
+    figure, (left, right) = panels("left", "right")
+    line(left, [0, 1], [[0, 1]], "token")
+    line(right, [0, 1], [[1, 1]], "token")
+    line(right, [0, 1], [[1, 0]], "sequence")
+    legend(figure)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["token", "sequence"]  # each once
+    picture = save(figure, tmp_path, "01_it", "lines")
+    assert picture._repr_png_() == (tmp_path / "01_it" / "lines.png").read_bytes()
+    with Image.open(picture.path) as image:
+        assert image.size == (640, 300)
+        colours = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (COLOURS["token"], COLOURS["sequence"])}
+        found = {pixel for _, pixel in image.convert("RGB").getcolors(2**20)}
+    for colour in colours:  # the palette keeps the methods' colours
+        assert min(max(abs(a - b) for a, b in zip(colour, pixel)) for pixel in found) <= 2
 
 
 def test_lines_over_seeds():
