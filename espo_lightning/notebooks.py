@@ -44,7 +44,7 @@ FIELDS = {
 # ---- what a notebook calls ---------------------------------------------------------------------------
 
 
-def over_seeds(study: Callable[..., dict], seeds: Iterable[int], **options: Any) -> list[dict]:
+def over_seeds(study: Callable[..., dict], seeds: Iterable[int], /, **options: Any) -> list[dict]:
     """``study(seed, **settings)`` of every seed: `over_arms` with a single arm."""
     return over_arms(study, {"": {}}, seeds, **options)[""]
 
@@ -53,6 +53,7 @@ def over_arms(
     study: Callable[..., dict],
     arms: dict[str, dict],
     seeds: Iterable[int],
+    /,  # a study may have settings of these names
     *,
     processes: int = 1,
     cache: str | Path | None = "../runs/notebooks",

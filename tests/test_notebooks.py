@@ -202,7 +202,7 @@ def test_command_line_refuses_in_one_sentence(folder, capsys):
 # ---- what a notebook calls -------------------------------------------------------------------------------
 
 
-def study(seed: int, *, log: str, power: int = 2) -> dict:
+def study(seed: int, *, log: str, power: int = 2, arms: str = "") -> dict:
     if seed == 13:
         raise RuntimeError("thirteen")
     with open(log, "a") as file:
@@ -260,6 +260,7 @@ def test_over_arms_keeps_every_arm_and_seed(tmp_path, monkeypatch):
     assert [row["value"] for row in more["fourth"]] == [16, 81]
     assert len(log.read_text().split()) == 6  # only the new arm
     assert over_seeds(study, [2], power=3, **settings) == [rows["cube"][1]]
+    assert over_seeds(study, [2], arms="a setting of the study", **settings)[0]["value"] == 4
 
 
 def test_over_seeds_in_processes_of_one_thread(tmp_path):
