@@ -33,7 +33,6 @@ REDUCED = yaml.safe_load((FOLDER / "reduced.yaml").read_text())
 NOT_YET_EXECUTED = {
     "01_elbo_tightness",
     "02_token_vs_sequence_ratios",
-    "03_kl_estimators",
     "04_training_ablations",
     "05_cost",
     "06_sudoku_jump",
