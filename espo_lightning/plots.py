@@ -148,5 +148,7 @@ def save(figure: Figure, results: str | Path, name: str, file: str) -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
-    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    image = Image.open(buffer).convert("RGB")
+    # this method serves rare colours too, such as those of thin lines; the default one merges them
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     return Picture(path)
