@@ -1,8 +1,8 @@
 """Peak memory of one scoring and backward pass: ``python benchmarks/memory.py``.
 
 The library builds logits for the scored positions only, in chunks; the straightforward version builds
-those of every position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last row, of
-hidden size 512, is the head of an 8B model on one prompt's completions. Each figure comes from a fresh process. Prints
+those of every position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last rows, of
+hidden size 512, are LLaDA's head on one prompt's completions, trained and frozen (LoRA). Each figure comes from a fresh process. Prints
 a table, writes JSON.
 """
 
@@ -24,13 +24,17 @@ LIMIT = 12_288  # MiB: straightforward cases that need more by estimate are left
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: ``batch`` completions of ``length`` tokens after ``prompt`` tokens."""
+    """A row of the table: ``batch`` completions of ``length`` tokens after ``prompt`` tokens.
+
+    frozen: whether head and embedding have no gradient, as under LoRA.
+    """
 
     vocabulary: int
     prompt: int
     length: int
     batch: int
     hidden: int = 32
+    frozen: bool = False
 
     def logits(self) -> float:
         """MiB of the float32 logits of every position, once."""
@@ -38,12 +42,15 @@ class Case:
 
 
 CASES = [Case(v, n, n, b) for v, n, b in product((64, 49_152, 126_464), (32, 128), (2, 4, 8))]
-CASES += [Case(126_464, 144, 256, 6, hidden=512)]
+CASES += [Case(126_464, 144, 256, 6, hidden=512, frozen=frozen) for frozen in (False, True)]
 
 
 def peak(case: Case, library: bool) -> float:
     """MiB that resident memory rises: scores of the completions on a coupled mask, and their gradient."""
     policy = random_policy(case.hidden, 1, 2, 2 * case.hidden, case.vocabulary)
+    if case.frozen:
+        policy.model.lm_head.requires_grad_(False)
+        policy.model.model.embed_tokens.requires_grad_(False)
     one_pass(policy, Case(case.vocabulary, 8, 8, 1), library)  # loads code; allocates the gradients, which stay
     return resident_peak(lambda: one_pass(policy, case, library))
 
@@ -65,7 +72,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     arguments = parser.parse_args()
     print(
-        f"{'vocabulary':>10} {'hidden':>6} {'prompt':>7} {'length':>7} {'batch':>6} "
+        f"{'vocabulary':>10} {'hidden':>6} {'prompt':>7} {'length':>7} {'batch':>6} {'head':>7} "
         f"{'logits':>7} {'straightforward':>16} {'library':>8}   MiB"
     )
     rows = []
@@ -77,7 +84,7 @@ def main() -> None:
         rows.append(asdict(case) | measured)
         shown = "left out" if plain is None else f"{plain:.0f}"
         print(
-            f"{case.vocabulary:10} {case.hidden:6} {case.prompt:7} {case.length:7} {case.batch:6} "
+            f"{case.vocabulary:10} {case.hidden:6} {case.prompt:7} {case.length:7} {case.batch:6} {'frozen' if case.frozen else 'trained':>7} "
             f"{case.logits():7.0f} {shown:>16} {library:8.0f}",
             flush=True,
         )
