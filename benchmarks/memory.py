@@ -1,9 +1,9 @@
 """Peak memory of one scoring and backward pass: ``python benchmarks/memory.py``.
 
-The library builds logits for the scored positions only, in chunks; the straightforward version builds
-those of every position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last rows, of
-hidden size 512, are LLaDA's head on one prompt's completions, trained and frozen (LoRA). Each figure comes from a fresh process. Prints
-a table, writes JSON.
+The library builds logits for the scored positions only, in chunks; the straightforward version builds those of every
+position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last rows, of hidden size 512,
+are LLaDA's head on one prompt's completions, trained and frozen (LoRA). Each figure comes from a fresh process. Prints a
+table, writes JSON.
 """
 
 import argparse
@@ -83,8 +83,9 @@ def main() -> None:
         measured = {"logits_MiB": case.logits(), "straightforward_MiB": plain, "library_MiB": library}
         rows.append(asdict(case) | measured)
         shown = "left out" if plain is None else f"{plain:.0f}"
+        head = "frozen" if case.frozen else "trained"
         print(
-            f"{case.vocabulary:10} {case.hidden:6} {case.prompt:7} {case.length:7} {case.batch:6} {'frozen' if case.frozen else 'trained':>7} "
+            f"{case.vocabulary:10} {case.hidden:6} {case.prompt:7} {case.length:7} {case.batch:6} {head:>7} "
             f"{case.logits():7.0f} {shown:>16} {library:8.0f}",
             flush=True,
         )
