@@ -1,9 +1,9 @@
 """Peak memory of one scoring and backward pass: ``python benchmarks/memory.py``.
 
 The library builds logits for the scored positions only, in chunks; the straightforward version builds those of every
-position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last rows, of hidden size 512,
-are LLaDA's head on one prompt's completions, trained and frozen (LoRA). Each figure comes from a fresh process. Prints a
-table, writes JSON.
+position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last rows, of hidden size
+512, are LLaDA's head on one prompt's completions, trained and frozen (LoRA). Each figure comes from a fresh process.
+Prints a table, writes JSON.
 """
 
 import argparse
