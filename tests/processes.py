@@ -19,6 +19,14 @@ def started(pid: int) -> str | None:
     return fields[19] if fields and fields[0] != "Z" else None
 
 
+def command(pid: int) -> bytes:
+    """How a process was started, its arguments separated by NUL; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def resident(pid: int | str = "self") -> int:
     """KiB of memory that a process holds."""
     (line,) = (x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))

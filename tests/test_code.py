@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import os
 import pickle
 import random
 import sys
+import time
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import command, descendants, resident, scheduled
 
 from espo_lightning.tasks import GSM8K, MATH, sandbox
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
@@ -275,30 +279,49 @@ def test_hub_ids(monkeypatch):
     ]
 
 
+NOISE = ["```python\n", "```", "def double(x):", "\n    ", "return x*2", "\0", "\ud800", "(" * 50, "'''", "λ", "pass"]
+LINES = [
+    *("def double(x):", "    return x * 2", "    return x + x", "    return double(x)", "    pass", "x = 'a' * 10**9"),
+    *(
+        "print('x' * 10**6)",
+        "import os",
+        "os._exit(0)",
+        "raise KeyError",
+        "raise SystemExit",
+        "double = str",
+        "x = [0]",
+    ),
+    *("class double(int): pass", "open('f', 'w').write('x' * 10**7)", "1 / 0", "del double", "def double(x, y): yield"),
+]
+
+
 def garbage(draw: random.Random) -> str:
-    """Program-like and format-like noise."""
-    pieces = [
-        "```python\n",
-        "```",
-        "def double(x):",
-        "\n    ",
-        "return x*2",
-        "\0",
-        "\ud800",
-        "(" * 50,
-        "'''",
-        "λ",
-        "pass",
-    ]
-    return "".join(draw.choice(pieces) for _ in range(draw.randint(0, 30)))
+    """Noise of program and format; or lines of a program in a fence, 1 of 70 with a loop that has no end."""
+    if draw.random() < 0.3:
+        return "".join(draw.choices(NOISE, k=draw.randint(0, 30)))
+    lines = draw.choices(LINES, k=draw.randint(0, 3))
+    lines[1:1] = LINES[:2] if draw.random() < 0.5 else ["while True: pass"] if draw.random() < 0.04 else []
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_fuzz(ace, count):
+    """No exception, no call over 2 s at a time limit of 1 s, no growth of memory, here or in the runners."""
     verify = AceCode(path=ace, format_gate=True, timeout=1.0).problem("train", 0, 0).verify
-    draw = random.Random(0)
-    for _ in range(count):
+    draw, seen, slowest, memory = random.Random(0), Counter(), 0.0, []
+    for index in range(count):
         text = garbage(draw)
+        start, waited = time.perf_counter(), scheduled()[1]
         scored = verdict(verify, text)
+        slowest = max(slowest, time.perf_counter() - start - (scheduled()[1] - waited))
         assert set(scored) == {"reward", "exact", "passed", "format", "failed", "timeout"}, text
         assert 0.0 <= scored["reward"] <= 2.0
+        seen.update(key for key, value in scored.items() if value)
+        if (index + 1) % (count // 6) == 0:
+            runners = [resident(pid) for pid in descendants(os.getpid()) if b"sandbox_inner" in command(pid)]
+            memory.append((resident(), max(runners), len(runners)))
+            print(index + 1, slowest, memory[-1], dict(seen))  # with -s, the long run reports its progress
+    assert slowest < 2.0
+    for held in zip(*memory):  # KiB, KiB, processes
+        assert max(held[3:]) - max(held[:3]) < 20_000
+    assert min(seen[key] for key in ("reward", "exact", "failed")) > 0
