@@ -5,16 +5,15 @@ import json
 import os
 import pickle
 import random
-import sys
 import time
-import types
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 from processes import command, descendants, resident, scheduled
 
-from espo_lightning.tasks import GSM8K, MATH, sandbox
+from espo_lightning.tasks import sandbox
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
 
 DATA = Path(__file__).parent / "data"
@@ -245,38 +244,19 @@ def test_wrong_splits_are_named():
         HUMANEVAL.problem("validation", 0, 0)
 
 
-class FakeDataset(list):
-    def select_columns(self, columns):
-        return [{key: row[key] for key in columns} for row in self]
-
-
-def test_hub_ids(monkeypatch):
-    """What the hub is asked for; the package that asks it is imported only then."""
+def test_acecode_from_the_hub(monkeypatch):
+    """It has one split and columns of gigabytes."""
     asked = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((*args, kwargs["split"]))
-        return FakeDataset([ACE | {"inferences": "large"}] * 10)
+        asked.append((*args, kwargs))
+        return datasets.Dataset.from_list([ACE | {"inferences": "large"}] * 10)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert HumanEval().rows("test")
-    assert MBPP().rows("train")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     ace = AceCode()
-    assert (len(ace.rows("train")), len(ace.rows("test"))) == (9, 1)
+    assert (ace.size("train"), ace.size("test")) == (9, 1)
     assert set(ace.rows("train")[0]) == {"question", "test_cases"}
-    assert GSM8K().rows("train")
-    assert MATH().rows("test")
-    assert MATH().rows("train")
-    assert asked[-3:] == [
-        ("openai/gsm8k", "main", "train"),
-        ("HuggingFaceH4/MATH-500", None, "test"),
-        ("ankner/math-500", None, "train"),
-    ]
-    assert asked[:3] == [
-        ("openai/openai_humaneval", None, "test"),
-        ("google-research-datasets/mbpp", "full", "train"),
-        ("TIGER-Lab/AceCode-87K", None, "train"),
-    ]
+    assert asked == [("TIGER-Lab/AceCode-87K", None, {"split": "train"})] * 2
 
 
 NOISE = ["```python\n", "```", "def double(x):", "\n    ", "return x*2", "\0", "\ud800", "(" * 50, "'''", "λ", "pass"]

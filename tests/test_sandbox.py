@@ -20,6 +20,7 @@ import pytest
 from processes import descendants
 from sandbox_attacks import ESCAPES, FAKES, SECRET
 
+from espo_lightning import evaluate, fit
 from espo_lightning.tasks import sandbox
 from espo_lightning.tasks.sandbox import Sandbox, SandboxUnavailable
 
@@ -362,7 +363,7 @@ def unsafe(bare):
 
 @pytest.mark.usefixtures("bare")
 def test_refuses_without_isolation():
-    with pytest.raises(SandboxUnavailable, match="allow_unsafe=True") as caught:
+    with pytest.raises(SandboxUnavailable, match="allow_unsafe=true") as caught:
         Sandbox()
     assert "bwrap: not on PATH" in str(caught.value)
     assert "not on this host" in str(caught.value)
@@ -374,6 +375,33 @@ def test_the_warning_says_what_is_not_contained():
         pool = Sandbox(1, allow_unsafe=True)
     assert pool.backend == "unsafe"
     assert [door for door in DOORS if door not in str(caught[0].message)] == []
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(("main", "prefix"), [(fit.main, "data."), (evaluate.main, "")], ids=["fit", "evaluate"])
+def test_a_run_that_cannot_verify_ends_before_it_starts(main, prefix, tmp_path, monkeypatch, capsys):
+    """One message, nothing written; with the choice of the unsafe sandbox it runs, after the warning."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    rows = Path(__file__).parent / "data" / "mbpp_60.jsonl"
+    flags = [f"--{prefix}task=MBPP", f"--{prefix}task.path={rows}"]
+    if main is fit.main:
+        flags += ["--data.eval_problems=2", "--data.eval_batch_size=2", "--data.batches=1", "--data.batch_size=1"]
+        flags += ["--model.group_size=2", "--trainer.accelerator=cpu", "--run_dir=."]
+    else:
+        flags += ["--problems=2", "--output=result.json", "--decoding.length=16"]
+    with pytest.raises(SystemExit) as error:
+        main(flags)
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert "no isolation for model-written code on this host (bwrap: not on PATH; stdlib: " in printed
+    assert "allow_unsafe=true" in printed
+    assert "Traceback" not in printed
+    assert list(folder.iterdir()) == []
+    with pytest.warns(UserWarning, match="UNSAFE SANDBOX"):
+        main([*flags, f"--{prefix}task.allow_unsafe=true"])
+    assert list(folder.iterdir())
 
 
 @pytest.mark.parametrize("escape", CONTAINED_ANYWHERE)

@@ -304,7 +304,7 @@ def _choose(allow_unsafe: bool) -> str:
     if not allow_unsafe:
         raise SandboxUnavailable(
             f"no isolation for model-written code on this host ({why}). Install bubblewrap, enable unprivileged user "
-            "namespaces and Landlock, or pass allow_unsafe=True to run it with whatever isolation there is."
+            "namespaces and Landlock, or set allow_unsafe=true of the task to run it with whatever isolation there is."
         )
     doors = _probe("unsafe").stdout.strip() or "do nothing that the probe tried"
     warnings.warn(
