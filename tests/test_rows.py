@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,39 +15,6 @@ PROMPTS = """\
 {"prompt": "Capital of Italy?", "capital": "rome"}
 {"prompt": [{"role": "user", "content": "Capital of Peru?"}], "capital": "lima", "answer": "Lima"}
 {"prompt": "Capital of Norway?", "capital": "oslo"}
-"""
-VERIFIERS = """\
-def capital(row, text):
-    named = row["capital"] in text.lower()
-    return {"reward": float(named), "exact": float(text.strip().lower() == row["capital"])}
-
-
-def polite(text):
-    return {"reward": float("please" in text)}
-"""
-CONFIG = """\
-data:
-  batch_size: 2
-  batches: 1
-  eval_problems: 2
-  eval_batch_size: 2
-  task:
-    class_path: espo_lightning.tasks.Weighted
-    init_args:
-      task:
-        class_path: espo_lightning.tasks.Rows
-        init_args:
-          path: capitals.jsonl
-          held_out: 0.5
-          verifier: my_rewards.capital
-      weight: 1.0
-      extra:
-        my_rewards.polite: 0.1
-        espo_lightning.tasks.rewards.brevity: 0.05
-model:
-  group_size: 2
-trainer:
-  accelerator: cpu
 """
 
 
@@ -167,16 +132,3 @@ def test_rows_from_the_hub_and_from_a_file_are_the_same(task, rows, split, asked
         assert (problem.prompt, problem.answer) == (other.prompt, other.answer)
         assert problem.verify.keywords == other.verify.keywords
     assert requests == [(*asked[:2], {"split": asked[2]})]
-
-
-def test_own_prompts_and_verifiers_train_from_yaml(tmp_path, capitals):
-    """The example of the documentation, as a user runs it: every reward is logged under its own name."""
-    (tmp_path / "my_rewards.py").write_text(VERIFIERS)
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "espo_lightning.fit", "--config=own.yaml", "--run_dir=run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    columns = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
-    expected = {f"reward/{name}/reward" for name in ("task", "polite", "brevity")}
-    assert expected | {"reward/exact", "reward/task/exact", "reward/failed", "reward/timeout"} <= set(columns)
-    assert Path(tmp_path / "run" / "policy").is_dir()
