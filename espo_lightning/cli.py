@@ -191,6 +191,7 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"data.{name} {size} is not a multiple of the {trainer.world_size} processes")
         if self.config.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.config.timeout}")
+        self.datamodule.task.problem("train", self.datamodule.seed, 0)  # data that cannot be read end it here
         if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
             trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
 

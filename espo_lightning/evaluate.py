@@ -59,7 +59,7 @@ def evaluate(
         task: where the problems come from.
         decoding: greedy unless told otherwise; `AutoregressiveDecoding` for a causal policy.
         protocol: take ``decoding`` from a published evaluation, such as ``llada-planning-256``; see `protocols`.
-        problems: how many, from the start of the split.
+        problems: how many, from the start of the split; all of them if it has fewer.
         samples: completions per problem. With several, metrics are means over problems of the mean over samples, and
             "pass@k" is added for k = 1, 2, 4, ... (unbiased; right means "exact" is 1).
         batch_size: completions decoded at once; changes the results by rounding only.
@@ -86,6 +86,9 @@ def evaluate(
         )
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
+    task.check_host()
+    task.problem(split, 0, 0)  # data that cannot be read end it before anything is written
+    problems = min(problems, task.size(split) or problems)  # none counts twice
     decoding.check(policy)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
@@ -176,7 +179,11 @@ def main(argv: list[str] | None = None) -> None:
         "policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": "bundled:sudoku"}},
         "task": {"class_path": "espo_lightning.tasks.Sudoku"},
     }
-    result = run(evaluate, "espo_lightning.evaluate", argv, defaults)
+    try:
+        result = run(evaluate, "espo_lightning.evaluate", argv, defaults)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
+        raise SystemExit(130) from None
     if result is None:
         lines = ["this process is done; the last one writes the result"]
     else:
