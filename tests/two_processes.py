@@ -1,7 +1,8 @@
 """The runs that test_distributed.py compares: the same four rollouts on one process and on two, under each strategy.
 
-As a program, it does all of them on two processes and saves what the first one saw:
-``python tests/two_processes.py FOLDER``, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process.
+As a program, it does a stage of them and saves what the first process saw: ``python tests/two_processes.py FOLDER
+before|two|after``, in this order, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process. Before
+and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them.
 """
 
 import math
@@ -60,6 +61,8 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
 RESUMED = ("sync", "lora")
+# whose checkpoints are folders; FSDP1 does not train adapters on one process
+SHARDED = (("fsdp sharded", "sync"), ("fsdp2", "sync"), ("fsdp2", "lora"))
 
 
 class Record(Callback):
@@ -104,14 +107,16 @@ def run(
     save: Path | None = None,
     after: int = 2,
     resume: Path | None = None,
+    **changes,
 ) -> dict:
     """Four rollouts of four prompts: what happened, the complete final weights, the number of all-gathers.
 
     Args:
         save: a checkpoint to write after so many rollouts.
         resume: a checkpoint to begin with.
+        changes: of the settings.
     """
-    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name]}
+    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name], **changes}
     poison, precision = settings.pop("poison", False), settings.pop("precision", "32-true")
     module = small_module(settings.pop("policy", small_policy)(), **settings)
     data = PromptDataModule(Letters(), batch_size=4, batches=4, eval_problems=4, eval_batch_size=4)
@@ -134,26 +139,32 @@ def run(
     }
 
 
-def main(folder: Path) -> None:
-    results = {}
+def main(folder: Path, stage: str) -> None:
+    results, devices = {}, 2 if stage == "two" else 1
 
     def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
-        results[strategy, name, how] = run(name, STRATEGIES[strategy](), 2, folder, **files)
+        results[strategy, name, how] = run(name, STRATEGIES[strategy](), devices, folder, **files)
 
-    for strategy in ("ddp", "fsdp", "fsdp2"):
+    for strategy, name in SHARDED if devices == 1 else ():
+        if stage == "before":
+            do(strategy, name, save=folder / f"one_{strategy}_{name}.ckpt")
+        else:
+            do(strategy, name, "resumed from two processes", resume=folder / f"{strategy}_{name}.ckpt")
+    for strategy in ("ddp", "fsdp", "fsdp2") if devices == 2 else ():
         for name in RUNS:
             if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
                 do(strategy, name)
-    for strategy in STRATEGIES:
+    for strategy in STRATEGIES if devices == 2 else ():
         for name in RESUMED:
             own = folder / f"{strategy}_{name}.ckpt"
             do(strategy, name, save=own)
             do(strategy, name, "resumed", resume=own)
-        do(strategy, "sync", "resumed from one process", resume=folder / "one_sync.ckpt")
+            one = folder / (f"one_{strategy}_{name}.ckpt" if (strategy, name) in SHARDED else f"one_{name}.ckpt")
+            do(strategy, name, "resumed from one process", resume=one)
     if dist.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
+        torch.save(results, folder / f"{stage}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
