@@ -19,7 +19,7 @@ from espo_lightning.masking import Masks, fold_in
 from espo_lightning.policy import Policy, Prompts
 from espo_lightning.runs import PolicyModule
 from espo_lightning.sampler import Decoder, Decoding
-from espo_lightning.strategies import check, clip_grad_norm, gather, gathered, shard
+from espo_lightning.strategies import check, clip_grad_norm, gather, gathered, shard, unreduced
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.verdicts import judge_all, summarise
 
@@ -309,10 +309,8 @@ class ESPOModule(PolicyModule):
                 (coefficient[i // per_draw] * self.likelihood.terms(self.policy, *batch, single)).sum()
                 for i, single in enumerate(views)
             )
-        # DDP reduces in every backward pass; only the last one needs it
-        quiet = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         for i, part in enumerate(parts):
-            with nullcontext() if last and i == n - 1 else quiet():
+            with nullcontext() if last and i == n - 1 else unreduced(self.policy, self.trainer.strategy):
                 self.manual_backward(part)
         return MicroBatch(terms.detach(), loss.detach(), statistics)
 

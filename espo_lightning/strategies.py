@@ -197,6 +197,22 @@ def gathered(policy: nn.Module) -> Iterator[None]:
             layer.reshard()
 
 
+@contextmanager
+def unreduced(policy: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """Backward passes in here only add to this process's gradients; the one after it reduces them over processes.
+
+    DDP, and FSDP2 with adapters. Otherwise shards are reduced in every pass, as the gradients of all weights would have
+    to be kept whole.
+    """
+    adapters = isinstance(policy, FSDPModule) and policy.has_adapters
+    if adapters:
+        policy.set_requires_gradient_sync(False)
+    with getattr(strategy, "block_backward_sync", nullcontext)():
+        yield
+    if adapters:
+        policy.set_requires_gradient_sync(True)
+
+
 def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
     """Clip the norm of the gradient over all parameters of all processes; returns the norm before clipping."""
     if isinstance(policy, FullyShardedDataParallel):

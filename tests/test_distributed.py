@@ -95,8 +95,14 @@ def test_a_nan_gradient_of_one_process_skips_the_update_of_all(one, two, strateg
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_gathering_once_per_rollout_saves_all_gathers(two, strategy):
     """Of the same run: 4 rollouts x 4 steps x 3 units, less the first of each, and validation."""
-    plain, scattered = (two[strategy, name, "whole"]["gathers"] for name in ("plain", "scattered"))
+    plain, scattered = (two[strategy, name, "whole"]["collectives"].gathers for name in ("plain", "scattered"))
     assert plain <= scattered - 4 * 3 * 2
+
+
+def test_fsdp2_reduces_adapters_once_per_update_and_all_weights_in_every_pass(two):
+    """4 rollouts x 2 updates, of 2 layers and the root, where no adapter is; 3 micro-batches, each of M = 2 views."""
+    reductions = {name: two["fsdp2", name, "whole"]["collectives"].reductions for name in ("plain", "lora in pieces")}
+    assert reductions == {"plain": 8 * 3 * 3, "lora in pieces": 8 * 2}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])

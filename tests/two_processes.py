@@ -55,6 +55,7 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "scattered": {"gather_rollouts": False, "max_grad_norm": 1e-3, "micro_batch": 3},
     "sync": {"reference_sync": 2, **ADAM},
     "lora": {"policy": lora_policy, **ADAM},
+    "lora in pieces": {"policy": lora_policy, "micro_batch": 3, "view_by_view": True, **ADAM},
     "poison": {"poison": True},
     "checkpointed tied": {"policy": checkpointed_tied_policy, "view_by_view": True, "micro_batch": 3},
     "bf16 base": {"policy": partial(lora_policy, torch.bfloat16), **ADAM},
@@ -89,13 +90,14 @@ class Record(Callback):
             trainer.save_checkpoint(self.save)
 
 
-class CountAllGathers(TorchDispatchMode):
-    """Counts the all-gathers of this thread: those of weights, and the few others."""
+class CountCollectives(TorchDispatchMode):
+    """Counts this thread's all-gathers, those of weights and a few others, and reductions, of gradients by FSDP."""
 
-    count = 0
+    gathers = reductions = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "allgather" in function.__name__
+        self.gathers += "allgather" in function.__name__
+        self.reductions += "reduce_scatter" in function.__name__
         return function(*args, **(kwargs or {}))
 
 
@@ -127,15 +129,15 @@ def run(
         callbacks=[record], val_check_interval=4, check_val_every_n_epoch=None, inference_mode=False,
         num_sanity_val_steps=0,
     )  # fmt: skip
-    counted = name in ("plain", "scattered")
-    with CountAllGathers() if counted else nullcontext() as gathers:
+    counted = name in ("plain", "scattered", "lora in pieces")
+    with CountCollectives() if counted else nullcontext() as collectives:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return {
         "rollouts": record.rollouts,
         "metrics": record.metrics,
         "val": {k: v for k, v in module.summary.items() if k != "ci95"},
         "weights": {k: v.clone() for k, v in full_state_dict(module.policy).items()},
-        "gathers": gathers and gathers.count,
+        "collectives": collectives,
     }
 
 
