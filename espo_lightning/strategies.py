@@ -34,6 +34,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 PRECISIONS = ("32-true", "bf16-mixed")
+DEEPSPEED = (
+    "trainer.strategy=deepspeed is not possible: its engine clips, skips and steps in one call, after a number of "
+    "passes fixed in advance, where an update here has as many as its rollout needs. Instead of ZeRO-3 use fsdp2, of "
+    "ZeRO-1 or 2 fsdp, of ZeRO-3 with offload FSDP with cpu_offload: true (docs/scaling.md)"
+)
 
 
 class FSDP(FSDPStrategy):
@@ -97,10 +102,7 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
             "of the weights themselves is --model.policy.dtype"
         )
     if isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(
-            "trainer.strategy=deepspeed is not possible: its engine owns gradient clipping and accumulation, which "
-            "belong to an update here. fsdp2 shards the same (ZeRO-3), fsdp with gathered rollouts is ZeRO-2"
-        )
+        raise ValueError(DEEPSPEED)
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
         raise ValueError(
             "trainer.strategy=ModelParallelStrategy would split matrices (tensor parallelism), for which there is no "
