@@ -282,6 +282,7 @@ def test_fsdp2_stops_at_ctrl_c_and_goes_on_from_a_folder_of_shards(whole, tiny, 
 
 
 FAILING = ["--trainer.devices=2", "--data.batches=5", "--checkpoint_every=1"]
+FAILED = (1, -signal.SIGKILL)  # Lightning kills the first process where it has not ended within 5 s of a lost one
 
 
 def fail(run_dir: Path, tiny: str, *flags: str) -> tuple[int, str]:
@@ -296,7 +297,7 @@ def fail(run_dir: Path, tiny: str, *flags: str) -> tuple[int, str]:
 
 def test_a_process_that_raises_stops_all_and_names_itself_and_the_checkpoint(tiny, tmp_path):
     code, output = fail(tmp_path / "run", tiny, "--data.task.mode=raise", "--trainer.strategy=ddp")
-    assert code in (1, -signal.SIGKILL)  # Lightning kills the first process if it does not notice by itself
+    assert code in FAILED
     assert "rank 1 of 2 failed after 2 batches: KeyError: 'the third batch'" in output
     assert f"Last checkpoint: {tmp_path}/run/checkpoints/batch_000002.ckpt" in output
 
@@ -311,7 +312,7 @@ def test_a_process_that_is_lost_stops_all(tiny, tmp_path, strategy, mode, messag
     rank = 0 if mode == "raise" else 1
     flags = (f"--data.task.mode={mode}", f"--data.task.rank={rank}", f"--trainer.strategy={strategy}")
     code, output = fail(tmp_path / "run", tiny, *flags)
-    assert code == 1, output
+    assert code in FAILED, output
     assert message in output
 
 
