@@ -220,7 +220,7 @@ def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
     if isinstance(policy, FullyShardedDataParallel):
         return policy.clip_grad_norm_(max_norm)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # torch 2.9 leaves every process its part of it
 
 
 def full_state_dict(policy: nn.Module) -> dict[str, Tensor]:

@@ -92,6 +92,12 @@ def test_a_nan_gradient_of_one_process_skips_the_update_of_all(one, two, strateg
         assert [m["train/skipped_updates"] for m in result["metrics"]] == [0, 1, 0, 0]
 
 
+def test_the_norm_is_that_of_all_processes_whatever_torch_returns(two):
+    norm = two["norm in parts"]
+    assert type(norm) is torch.Tensor
+    assert norm == 3 + 4
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_gathering_once_per_rollout_saves_all_gathers(two, strategy):
     """Of the same run: 4 rollouts x 4 steps x 3 units, less the first of each, and validation."""

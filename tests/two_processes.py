@@ -10,16 +10,20 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from conftest import Letters, small_module, small_policy
 from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espo_lightning import LoRA, PromptDataModule
 from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
-from espo_lightning.strategies import FSDP, FSDP2, full_state_dict, gather
+from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
 
 STRATEGIES = {
     "ddp": lambda: "ddp",
@@ -141,6 +145,14 @@ def run(
     }
 
 
+def clipped_norm_in_parts() -> torch.Tensor:
+    """What `clip_grad_norm` makes of a norm of which either process has a part, 3 and 4; torch 2.13 returns none."""
+    mesh = init_device_mesh("cpu", (2,))
+    part = DTensor.from_local(torch.tensor(3.0 + dist.get_rank()), mesh, [Partial()])
+    with patch("torch.nn.utils.clip_grad_norm_", return_value=part):
+        return clip_grad_norm(nn.Linear(1, 1), 1.0)
+
+
 def main(folder: Path, stage: str) -> None:
     results, devices = {}, 2 if stage == "two" else 1
 
@@ -163,6 +175,8 @@ def main(folder: Path, stage: str) -> None:
             do(strategy, name, "resumed", resume=own)
             one = folder / (f"one_{strategy}_{name}.ckpt" if (strategy, name) in SHARDED else f"one_{name}.ckpt")
             do(strategy, name, "resumed from one process", resume=one)
+    if devices == 2:
+        results["norm in parts"] = clipped_norm_in_parts()
     if dist.get_rank() == 0:
         torch.save(results, folder / f"{stage}.pt")
     dist.destroy_process_group()
