@@ -141,7 +141,7 @@ def run(
         "metrics": record.metrics,
         "val": {k: v for k, v in module.summary.items() if k != "ci95"},
         "weights": {k: v.clone() for k, v in full_state_dict(module.policy).items()},
-        "collectives": collectives,
+        "collectives": collectives and {"gathers": collectives.gathers, "reductions": collectives.reductions},
     }
 
 
