@@ -44,44 +44,55 @@ FIELDS = {
 # ---- what a notebook calls ---------------------------------------------------------------------------
 
 
-def over_seeds(
+def over_seeds(study: Callable[..., dict], seeds: Iterable[int], /, **options: Any) -> list[dict]:
+    """``study(seed, **settings)`` of every seed: `over_arms` with a single arm."""
+    return over_arms(study, {"": {}}, seeds, **options)[""]
+
+
+def over_arms(
     study: Callable[..., dict],
+    arms: dict[str, dict],
     seeds: Iterable[int],
+    /,  # a study may have settings of these names
     *,
     processes: int = 1,
     cache: str | Path | None = "../runs/notebooks",
     **settings: Any,
-) -> list[dict]:
-    """``study(seed, **settings)`` of every seed, in processes of their own with one thread each.
+) -> dict[str, list[dict]]:
+    """``study(seed, **settings, **arm)`` of every arm and seed, in processes of their own with one thread each.
 
-    Finished seeds are kept, so that an interrupted or extended notebook computes only what is missing. A kept result
-    counts only for the same settings and the same source of this package.
+    What is finished is kept, one file per arm and seed, so that an interrupted or extended notebook computes only what
+    is missing. A kept result counts only for the same settings and the same source of this package.
 
     Args:
         study: a function of an importable module that returns numbers, in lists and dictionaries.
-        processes: seeds at once.
-        cache: folder of finished seeds; None = keep nothing.
+        arms: name -> the settings in which this arm differs.
+        processes: how many run at once.
+        cache: folder of finished results; None = keep nothing.
 
     Returns:
-        The dictionaries in the order of ``seeds``, each with "seed" and "seconds" of processor time.
+        For every arm the dictionaries in the order of ``seeds``, each with "seed" and "seconds" of processor time.
     """
-    seeds = list(seeds)
-    digest = hashlib.sha256(json.dumps([study.__module__, study.__qualname__, settings], sort_keys=True).encode())
+    seeds, sources = list(seeds), hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         if path.stem not in ("notebooks", "plots"):  # which no study may import
-            digest.update(path.read_bytes())
-    kept = None if cache is None else Path(cache) / f"{study.__name__}_{digest.hexdigest()[:16]}"
+            sources.update(path.read_bytes())
 
-    def file(seed: int) -> Path | None:
-        return None if kept is None else kept / f"seed_{seed}.json"
+    def file(arm: dict, seed: int) -> Path | None:
+        if cache is None:
+            return None
+        digest = sources.copy()
+        digest.update(json.dumps([study.__module__, study.__qualname__, settings | arm], sort_keys=True).encode())
+        return Path(cache) / f"{study.__name__}_{digest.hexdigest()[:16]}" / f"seed_{seed}.json"
 
-    found = {seed: json.loads(file(seed).read_text()) for seed in seeds if kept is not None and file(seed).exists()}
-    if len(found) == len(set(seeds)):
-        return [found[seed] for seed in seeds]
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start) as pool:
-        # every worker writes what it has finished, so that nothing is lost if another seed fails
-        waiting = {seed: pool.submit(_timed, study, seed, settings, file(seed)) for seed in seeds if seed not in found}
-        return [found[seed] if seed in found else waiting[seed].result() for seed in seeds]
+    jobs = {(name, seed): (seed, settings | arm, file(arm, seed)) for name, arm in arms.items() for seed in seeds}
+    found = {job: json.loads(x[2].read_text()) for job, x in jobs.items() if x[2] is not None and x[2].exists()}
+    if missing := {job: arguments for job, arguments in jobs.items() if job not in found}:
+        with ProcessPoolExecutor(processes, get_context("spawn"), _start) as pool:
+            # every worker writes what it has finished, so that nothing is lost if another job fails
+            waiting = {job: pool.submit(_timed, study, *arguments) for job, arguments in missing.items()}
+            found |= {job: future.result() for job, future in waiting.items()}
+    return {name: [found[name, seed] for seed in seeds] for name in arms}
 
 
 def _start() -> None:
@@ -120,8 +131,8 @@ def save_result(
     result = {
         "name": name,
         "parameters": parameters,
-        "per_seed": per_seed,
-        "summary": summary,
+        "per_seed": _rounded(per_seed),
+        "summary": _rounded(summary),
         "findings": {statement: bool(held) for statement, held in findings.items()},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "machine": f"{platform.system()} {platform.machine()}, CPU",
@@ -134,6 +145,15 @@ def save_result(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with 6 significant digits: more are noise, and room in the repository."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def check_result(result: dict) -> None:
@@ -231,7 +251,8 @@ def execute(
     done = []
     for path, values in given.items():
         start = time.perf_counter()
-        running = target / f"{path.stem}.running.ipynb"  # a failed run leaves the earlier one as it was
+        # a failed run leaves the earlier one as it was, and is not taken for a notebook (whose names begin with digits)
+        running = target / f"running_{path.name}"
         papermill.execute_notebook(
             str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
         )

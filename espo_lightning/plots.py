@@ -1,11 +1,14 @@
 """One look for every figure: a colour per method, the same everywhere, and lines over seeds."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -44,6 +47,25 @@ COLOURS = {
     "k2": BLUE,
     "k2_u": SKY,
     "k3": GREEN,
+    "d1 + k2": PURPLE,
+    # rewards, and how rare the right mode is
+    "cell": BLUE,
+    "all or nothing": VERMILLION,
+    "curriculum": GREEN,
+    "prior 30%": BLUE,
+    "prior 5%": ORANGE,
+    "prior 1%": PURPLE,
+    # phases of a training step, and what is varied at equal compute
+    "rollout": BLUE,
+    "old scores": ORANGE,
+    "reference": PURPLE,
+    "updates": GREEN,
+    "default": BLUE,
+    "M = 2": SKY,
+    "M = 4": GREEN,
+    "T = 8": ORANGE,
+    "T = 4": VERMILLION,
+    "masks once": PURPLE,
     # whose completions
     "own": BLUE,
     "answer": ORANGE,
@@ -66,11 +88,14 @@ STYLE = {
 
 
 def panels(*titles: str, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A row of panels in the style of all notebooks, legible at the width of a README."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * max(2, len(titles)), height), squeeze=False)
-        for axis, title in zip(axes[0], titles):
-            axis.set_title(title)
+    """A row of panels in the style of all notebooks, legible at the width of a README.
+
+    The style stays for what is drawn next, legends included.
+    """
+    plt.rcParams.update(STYLE)
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * max(2, len(titles)), height), squeeze=False)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
     return figure, list(axes[0])
 
 
@@ -95,10 +120,33 @@ def line(
     axes.plot(x, middle, **{"color": colour, "marker": "o", "label": label or method, **style})
 
 
-def save(figure: Figure, results: str | Path, name: str, file: str) -> Path:
-    """Write ``results/<name>/<file>.png``."""
-    folder = Path(results) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        figure.savefig(folder / f"{file}.png", metadata={"Software": None})
-    return folder / f"{file}.png"
+def legend(figure: Figure, columns: int = 6) -> None:
+    """One legend below all panels, each label once."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)))
+
+
+class Picture(NamedTuple):
+    """A written figure; a notebook shows it."""
+
+    path: Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __repr__(self) -> str:
+        return self.path.name
+
+
+def save(figure: Figure, results: str | Path, name: str, file: str) -> Picture:
+    """Write ``results/<name>/<file>.png`` with a palette of 256 colours, a third of the size, and close the figure."""
+    path = Path(results) / name / f"{file}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return Picture(path)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from checkpoints import write
 from conftest import fit
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from espo_lightning import (
@@ -29,61 +27,13 @@ from espo_lightning import cost as calculator
 from espo_lightning import flops as counting
 from espo_lightning.cost import Hardware, activation_bytes, collectives, cost, memory, read_network
 from espo_lightning.flops import DREAM_7B, LLADA_8B, decoding_passes, flops, scoring_passes, work
+from espo_lightning.studies.compute import ATTENTION, Measured
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RANK = 4
 DECODING = Decoding(length=16, block_length=8, steps=8)
-aten = torch.ops.aten
-
-
-def attention_forward(q, k, v, *_, out_shape=None, **__) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def attention_backward(grad, q, k, v, *_, out_shape=None, **__) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-ATTENTION = {  # torch's counter knows the attention kernels of GPUs; this adds the CPU's, by torch's own formulas
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
-
-
-class Measured(ESPOModule):
-    """Counts the FLOPs and the calls of every phase of a training step."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.flops, self.calls, self.phase = {}, {}, None
-        self.policy.language_model.model.register_forward_pre_hook(self.count_call)
-
-    def count_call(self, *_):
-        if self.phase is not None:
-            self.calls[self.phase] = self.calls.get(self.phase, 0) + 1
-
-    @contextmanager
-    def counted(self, phase):
-        self.phase = phase
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            yield
-        self.phase = None
-        self.flops[phase] = self.flops.get(phase, 0) + counter.get_total_flops()
-        self.kernels = {op for per_op in counter.get_flop_counts().values() for op in per_op}
-
-    def complete(self, problems):
-        with self.counted("rollout"):
-            return super().complete(problems)
-
-    def score(self, policy, *args):
-        with self.counted("old scores" if policy is self.policy else "reference"):
-            return super().score(policy, *args)
-
-    def update(self, rollout, u):
-        with self.counted("updates"):
-            return super().update(rollout, u)
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,8 @@ ALLOWED = {
 
 
 STUDIES = {  # what any of them may import, beside each other
-    "checkpoint", "data", "evaluate", "exact", "gradients", "likelihood", "loss", "masking", "module", "policy",
-    "sampler", "sft", "studies", "tasks",
+    "autoregressive", "checkpoint", "cost", "data", "evaluate", "exact", "flops", "gradients", "likelihood", "loss",
+    "masking", "module", "policy", "sampler", "sft", "studies", "tasks",
 }  # fmt: skip
 
 

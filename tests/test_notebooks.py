@@ -11,16 +11,32 @@ import nbformat
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from espo_lightning import notebooks
-from espo_lightning.notebooks import SETTINGS, check_result, execute, main, notebook_parameters, over_seeds, save_result
-from espo_lightning.plots import COLOURS, line, panels
+from espo_lightning.notebooks import (
+    SETTINGS,
+    check_result,
+    execute,
+    main,
+    notebook_parameters,
+    over_arms,
+    over_seeds,
+    save_result,
+)
+from espo_lightning.plots import COLOURS, legend, line, panels, save
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 REDUCED = yaml.safe_load((FOLDER / "reduced.yaml").read_text())
-NOT_YET_EXECUTED = {"01_elbo_tightness", "02_token_vs_sequence_ratios", "03_kl_estimators"}
+NOT_YET_EXECUTED = {
+    "01_elbo_tightness",
+    "02_token_vs_sequence_ratios",
+    "04_training_ablations",
+    "05_cost",
+    "06_sudoku_jump",
+}
 executed = pytest.mark.parametrize(  # strict: a notebook that has been executed must leave the list
     "path",
     [
@@ -156,7 +172,8 @@ def test_runner(folder, tmp_path, capsys):
     with pytest.raises(Exception, match="ZeroDivisionError"):
         execute(parameters={"a": 0}, output_dir="notebooks")
     assert (folder / "01_it.ipynb").read_bytes() == committed  # a failed run costs nothing
-    assert capsys.readouterr().out.count("01_it.ipynb") == 3
+    assert execute(name="01") == [Path("notebooks/01_it.ipynb")]  # and what it left is no notebook
+    assert capsys.readouterr().out.count("01_it.ipynb") == 4
 
 
 @pytest.mark.parametrize(
@@ -184,7 +201,7 @@ def test_command_line_refuses_in_one_sentence(folder, capsys):
 # ---- what a notebook calls -------------------------------------------------------------------------------
 
 
-def study(seed: int, *, log: str, power: int = 2) -> dict:
+def study(seed: int, *, log: str, power: int = 2, arms: str = "") -> dict:
     if seed == 13:
         raise RuntimeError("thirteen")
     with open(log, "a") as file:
@@ -225,6 +242,24 @@ def test_over_seeds_keeps_what_is_finished(tmp_path, monkeypatch):
     assert [row["value"] for row in over_seeds(study, [2], **(settings | {"power": 1}))] == [2]  # other settings
     assert [row["value"] for row in over_seeds(study, [2], **(settings | {"cache": None}))] == [8]
     assert log.read_text().split() == ["4", "2", "5", "2", "2"]
+
+
+def test_over_arms_keeps_every_arm_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "ProcessPoolExecutor", Inline)
+    log = tmp_path / "log"
+    settings = {"cache": tmp_path / "cache", "log": str(log)}
+    arms = {"square": {}, "cube": {"power": 3}}
+    rows = over_arms(study, arms, [3, 2], **settings)
+    assert {name: [row["value"] for row in found] for name, found in rows.items()} == {
+        "square": [9, 4],
+        "cube": [27, 8],
+    }
+    assert len(list((tmp_path / "cache").rglob("seed_*.json"))) == 4
+    more = over_arms(study, arms | {"fourth": {"power": 4}}, [2, 3], **settings)
+    assert [row["value"] for row in more["fourth"]] == [16, 81]
+    assert len(log.read_text().split()) == 6  # only the new arm
+    assert over_seeds(study, [2], power=3, **settings) == [rows["cube"][1]]
+    assert over_seeds(study, [2], arms="a setting of the study", **settings)[0]["value"] == 4
 
 
 def test_over_seeds_in_processes_of_one_thread(tmp_path):
@@ -283,6 +318,28 @@ def test_outside_a_checkout_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setattr(notebooks, "__file__", str(tmp_path / "notebooks.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert notebooks._commit() == (None, None)
+
+
+def test_numbers_are_rounded(tmp_path):
+    result = save_result(tmp_path, "it", **good(summary={"x": [1 / 3, (2e-9 / 3,)], "n": 12345678, "is": True}))
+    assert result["summary"] == {"x": [0.333333, [6.66667e-10]], "n": 12345678, "is": True}
+
+
+def test_a_saved_figure_shows_what_was_written(tmp_path):
+    figure, (left, right) = panels("left", "right")
+    line(left, [0, 1], [[0, 1]], "token")
+    line(right, [0, 1], [[1, 1]], "token")
+    line(right, [0, 1], [[1, 0]], "sequence")
+    legend(figure)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["token", "sequence"]  # each once
+    picture = save(figure, tmp_path, "01_it", "lines")
+    assert picture._repr_png_() == (tmp_path / "01_it" / "lines.png").read_bytes()
+    with Image.open(picture.path) as image:
+        assert image.size == (640, 300)
+        colours = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (COLOURS["token"], COLOURS["sequence"])}
+        found = {pixel for _, pixel in image.convert("RGB").getcolors(2**20)}
+    for colour in colours:  # the palette keeps the methods' colours
+        assert min(max(abs(a - b) for a, b in zip(colour, pixel)) for pixel in found) <= 2
 
 
 def test_lines_over_seeds():

@@ -7,7 +7,7 @@ import torch
 from conftest import parameters
 from torch.nn.utils import parameters_to_vector
 
-from espo_lightning import ELBO, MeanField, QuadratureELBO, Sudoku, load_policy, score
+from espo_lightning import ELBO, Decoding, MeanField, QuadratureELBO, Sudoku, load_policy, score
 from espo_lightning.exact import (
     enumerate_completions,
     exact_elbo,
@@ -15,11 +15,29 @@ from espo_lightning.exact import (
     low_confidence_log_likelihoods,
     subset_log_probs,
 )
+from espo_lightning.flops import LLADA_8B, decoding_passes, forward
+from espo_lightning.gradients import cosine
 from espo_lightning.masking import fold_in
-from espo_lightning.studies import rank_correlation
+from espo_lightning.studies import training
+from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
+from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
+from espo_lightning.studies.compute import paper_costs, step_costs
+from espo_lightning.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe
 from espo_lightning.studies.kl import value_moments
 from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
-from espo_lightning.studies.states import SUDOKU, contested_states, empty_cells, new_module, sudoku_state, train
+from espo_lightning.studies.states import (
+    SUDOKU,
+    Diverged,
+    Snapshots,
+    contested_states,
+    empty_cells,
+    new_module,
+    sudoku_state,
+    teach,
+    train,
+    true_measures,
+)
+from espo_lightning.studies.statistics import broken_line, first_above, rank_correlation
 from espo_lightning.studies.tightness import estimator_errors, gradient_bias, mean_field, one_step
 
 TASK = Sudoku(empty=2)
@@ -53,6 +71,25 @@ def test_rank_correlation_needs_pairs():
         rank_correlation([1, 2], [1, 2, 3])
 
 
+def test_broken_line():
+    x = [0, 1, 2, 3, 4, 5]
+    straight = broken_line(x, [1 + 2 * v for v in x])
+    assert straight[:2] == pytest.approx((2, 1))
+    assert straight.before == pytest.approx(2)
+    bent = broken_line(x, [0, 0.1, 0.2, 0.3, 3.3, 6.3])
+    assert (bent.knot, bent.before, bent.after, bent.r2_broken) == pytest.approx((3, 0.1, 3, 1))
+    assert bent.r2 < 0.9
+    noisy = broken_line(x, [0, 1.1, 1.9, 3.2, 3.8, 5.1])
+    assert noisy.r2 < noisy.r2_broken < 1  # two lines never fit worse
+    with pytest.raises(ValueError, match="got 3 x and 3 y"):
+        broken_line([1, 2, 3], [1, 2, 4])
+
+
+def test_first_above():
+    assert first_above([0.1, 0.5, 0.2, 0.6], 0.5) == 1
+    assert first_above([0.1, 0.2], 0.5) is None
+
+
 def test_a_state_is_the_puzzle(policy):
     problem = TASK.problem("train", 0, 0)
     state = sudoku_state(policy, problem)
@@ -77,6 +114,18 @@ def test_a_completion_must_hold_digits(policy):
     problem = TASK.problem("train", 0, 0)
     with pytest.raises(ValueError, match="something else than digits"):
         empty_cells(policy, problem, torch.full((16,), policy.tokenizer.eos_token_id))
+
+
+def test_true_measures(policy, state):
+    same = true_measures([state, state], policy)
+    law = log_likelihoods(state.edges())
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert same["entropy"] == pytest.approx(float(-law.exp() @ law))
+    assert 0 <= same["gap"] < 1
+    other = true_measures([state], load_policy("bundled:sudoku_hard"))
+    # the reference of the divergence is the state's own policy
+    q = log_likelihoods(state.of(load_policy("bundled:sudoku_hard")).edges())
+    assert other["kl"] == pytest.approx(float(q.exp() @ (q - law)))
 
 
 def test_mean_field_is_the_library_s(policy, state):
@@ -169,3 +218,195 @@ def test_ratios_agree_before_the_first_update_and_part_after_it(policy, state):
         assert token == pytest.approx(sequence, rel=1e-4)
     assert end["states"][0]["kl"] > 1e-7
     assert end["batch"]["cosine"]["token, ELBO M=1, inf"] != end["batch"]["cosine"]["sequence, ELBO M=1, inf"]
+
+
+def test_causal_gradients(policy):
+    old, new = load_policy(CAUSAL), load_policy(CAUSAL)
+    (puzzle,) = contested_fillings(old, seed=0, count=1, free=2)
+    assert puzzle.completions.shape == (16, 16)
+    assert (puzzle.rewards == 1).sum() == 1
+    same = causal_off_policy([puzzle], old, old, [1.0])
+    assert 0.98 < same["covered"] <= 1 + 1e-6  # it copies the givens
+    for measure, of_target in (("cosine", 1), ("scale", 1 / 16)):  # the ratios' mean over the canvas
+        assert same["batch"][measure] == pytest.approx(dict.fromkeys(same["batch"][measure], of_target), rel=1e-4)
+    assert len(set(same["batch"]["cosine"])) == 4
+
+    with torch.no_grad():
+        for p, q in zip(new.parameters(), load_policy(SUDOKU).parameters()):
+            if p.shape == q.shape:
+                p.add_(0.1 * q)  # somewhere else
+    moved = causal_off_policy([puzzle], old, new, [])
+    assert moved["kl"] > 0.01
+    # every gradient by autograd through all completions at once
+    with torch.no_grad():
+        before = causal_terms(old, puzzle)[0]
+    law = before.sum(1).exp() / before.sum(1).exp().sum()
+    weight = law * (puzzle.rewards - law @ puzzle.rewards)
+    change = causal_terms(new, puzzle)[0] - before
+    objectives = {
+        "target": weight @ change.sum(1).exp(),
+        "token, inf": weight @ change.exp().mean(1),
+        "sequence, inf": weight @ change.mean(1).exp(),
+    }
+    target, *others = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, list(new.parameters()), retain_graph=True)])
+        for x in objectives.values()
+    )
+    for name, gradient in zip(list(objectives)[1:], others):
+        assert moved["batch"]["cosine"][name] == pytest.approx(cosine(gradient, target), abs=1e-4)
+        assert moved["batch"]["scale"][name] == pytest.approx(float(gradient.norm() / target.norm()), rel=1e-3)
+    assert abs(moved["batch"]["scale"]["token, inf"] / moved["batch"]["scale"]["sequence, inf"] - 1) > 0.01
+
+
+# ---- training runs, compute, the jump --------------------------------------------------------------------
+
+
+def test_snapshots_and_divergence(policy):
+    module = new_module(load_policy(SUDOKU), 0, lr=3e-4, group_size=2)
+    snapshots = train(module, TASK, 0, 2, at=[0, 2], batch=2)
+    assert module.optimizers().param_groups[0]["lr"] == 3e-4
+    start, end = (parameters_to_vector(snapshots.policies[i].parameters()) for i in (0, 2))
+    assert torch.equal(start, parameters_to_vector(policy.parameters()))
+    assert torch.equal(end, parameters(module))
+    assert len(snapshots.means("exact")) == 2
+    assert snapshots.means("reward")[-1] == float(module.last_rollout.rewards.mean())
+
+    def nonsense(delta):
+        return delta.mean(0) * math.nan
+
+    hopeless = new_module(load_policy(SUDOKU), 0, group_size=2, updates=12, kl=nonsense, beta=1.0)
+    with pytest.warns(UserWarning, match="NaN or infinite"), pytest.raises(Diverged, match="after 0 rollouts"):
+        train(hopeless, TASK, 0, 1, batch=2)
+
+
+def test_an_arm_is_its_module():
+    module = Arm(ratio="token", likelihood="mean field", kl="k3", beta=0.1, updates=5, clip_range=0.2, steps=8).module(
+        7
+    )
+    assert (module.ratio.__name__, module.kl.__name__, module.likelihood) == ("token_ratio", "k3", MeanField())
+    assert (module.beta, module.updates, module.clip_range, module.decoding.steps) == (0.1, 5, 0.2, 8)
+    assert (module.seed, module.fresh_masks) == (7, False)  # nothing is random in a mean field
+    assert Arm(draws=2, coupled=False).module(0).likelihood == ELBO(draws=2, coupled=False)
+    assert Arm(fresh_masks=False).module(0).fresh_masks is False
+    with pytest.raises(TypeError, match="drawz"):
+        Arm(drawz=2)
+    with pytest.raises(ValueError, match="got 'elbo'"):
+        Arm(likelihood="elbo")
+
+
+def test_costs_of_a_step():
+    arms = {"default": {"beta": 0.003, "updates": 1, "steps": 2}, "once": {"fresh_masks": False, "steps": 1}}
+    for name, costs in step_costs(0, arms=arms, repeats=1)["arms"].items():
+        predicted = {phase: n for phase, n in costs["predicted"].items() if n}
+        assert predicted == pytest.approx(costs["counted"], rel=0.05), name  # the masks of one rollout
+        assert costs["seconds"].keys() == predicted.keys()
+        assert min(costs["seconds"].values()) > 0
+    # equal compute, by hand
+    one, other = (sum(expected_flops(Arm(**x)).values()) for x in ({}, {"updates": 16}))
+    assert equal_rollouts({"updates": 16}, {}, 40) == round(40 * one / other)
+    assert equal_rollouts({}, {}, 40) == 40
+    assert equal_rollouts({"updates": 1000}, {}, 2) == 1
+
+
+def test_costs_of_the_paper():
+    """Its 608, 704 and 896 N D; and exact counts, which are lower: the head and the last MLP run where they must."""
+    rows = paper_costs([1, 4], updates=8, steps=256, length=256, prompt_length=100)
+    assert [row["paper"] for row in rows] == [608, 896]
+    assert [row["all passes"] for row in rows] == [672, 1152]
+    passes = decoding_passes(Decoding(256, 32, 256), 1, 356)
+    decoding = sum(forward(LLADA_8B, passes)) / LLADA_8B.parameters / 356
+    for row in rows:
+        assert decoding < row["single"] < row["coupled"]
+        assert row["single"] < row["all passes"]
+        # a coupled draw is two forwards where a single one is one, but for halves with nothing hidden
+        assert (row["coupled"] - decoding) / (row["single"] - decoding) == pytest.approx(2, rel=0.02)
+    assert (rows[1]["single"] - decoding) / (rows[0]["single"] - decoding) == pytest.approx(4, rel=0.02)
+
+
+def test_a_training_run(monkeypatch):
+    arm = {"likelihood": "mean field", "updates": 1}
+    run = training.training_run(0, arm=arm, rollouts=2, points=1, states=1, free=2, problems=4)
+    assert [point["rollout"] for point in run["curve"]] == [0, 2]
+    assert run["curve"][0]["kl"] == 0
+    assert run["curve"][1]["kl"] > 0
+    assert set(run["curve"][0]) == {"rollout", "exact", "cell", "kl", "gap", "entropy"}
+    assert len(run["reward"]) == len(run["exact"]) == 2
+    assert run["diverged"] is False
+    assert training.final_reward(run | {"reward": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]}) == pytest.approx(0.8)
+
+    def diverge(*_):
+        raise Diverged(Snapshots([]))
+
+    monkeypatch.setattr(training, "train", diverge)
+    run = training.training_run(0, arm=arm, rollouts=2, points=1, states=1, free=2, problems=4)
+    assert run["diverged"] is True
+    assert training.final_reward(run) == 0
+
+
+def test_a_curriculum_gets_harder_and_its_test_does_not():
+    task = Curriculum(levels=(2, 5), per_level=3)
+    empty = [task.problem("train", 0, i).prompt.count("0") for i in range(8)]
+    assert empty == [2, 2, 2, 5, 5, 5, 5, 5]
+    assert task.problem("test", 0, 0).prompt.count("0") == 5
+    problem = task.problem("train", 0, 0)
+    assert problem.verify(problem.answer)["reward"] == 1
+    wrong = problem.answer[:-1] + ("1" if problem.answer[-1] != "1" else "2")
+    assert problem.verify(wrong)["reward"] == 0  # nothing for 15 right cells
+
+
+def test_a_probe_is_the_exact_probability(policy):
+    problems = [TASK.problem("train", 0, i) for i in range(2)]
+    expected = []
+    for problem in problems:
+        state = sudoku_state(policy, problem)
+        expected.append(log_likelihoods(state.edges()).exp()[state.rewards.argmax()])
+    found = probe(policy, problems)
+    assert found["probability"] == pytest.approx(float(sum(expected) / 2), rel=1e-3)
+    assert found["log_odds"] == pytest.approx(float(sum(p.logit() for p in expected) / 2), abs=1e-3)
+
+
+def test_contested_problems_are_those_that_the_habit_gets_wrong():
+    problems = contested_problems(0, 6)
+    candidates = [Sudoku().problem("train", 0, i) for i in range(40)]
+    habits = [Sudoku(right=0.0).problem("train", 0, i).answer for i in range(40)]
+    wrong = [p for p, habit in zip(candidates, habits) if habit != p.answer]
+    assert [p.prompt for p in problems] == [p.prompt for p in wrong[:6]]
+    assert all(p.verify(p.answer)["exact"] for p in problems)
+    assert len(wrong) < 40  # now and then it is right
+
+
+def test_lessons_make_the_right_answer_rarer(policy):
+    rarer = load_policy(SUDOKU)
+    teach(rarer, Sudoku(right=0.0), seed=0, batches=8, lr=5e-4, batch=32)
+    problems = [Sudoku().problem("train", 3000, i) for i in range(2)]
+    assert probe(rarer, problems)["log_odds"] < probe(policy, problems)["log_odds"] - 0.5
+
+
+def test_a_jump_starts_every_reward_from_the_same_base():
+    settings = {"lessons": 1, "rollouts": 1, "every": 1, "puzzles": 1, "problems": 4, "levels": [2, 8], "per_level": 1}
+    result = jump(0, right=0.05, rewards=["cell", "curriculum"], **settings)
+    cell, curriculum = result["arms"].values()
+    assert cell["probes"][0] == curriculum["probes"][0]
+    assert [p["rollout"] for p in cell["probes"]] == [0, 1]
+    assert cell["probes"][1] != cell["probes"][0]
+    assert len(cell["reward"]) == len(curriculum["cell"]) == 1
+    assert curriculum["exact"] == curriculum["reward"]  # all or nothing
+
+
+def test_growth_of_log_odds():
+    def probes(log_odds):
+        return [
+            {"rollout": 5 * i, "log_odds": x, "probability": 1 / (1 + math.exp(-x))} for i, x in enumerate(log_odds)
+        ]
+
+    logistic = probes([-6, -4, -2, 0, 2, 4, 4, 4.1])  # the tail after 90 % of the way does not count
+    fit = growth(logistic)
+    assert (fit["slope"], fit["r2"]) == pytest.approx((0.4, 1))
+    assert covered(logistic) == pytest.approx(4 / 10.1)  # at -2: 0.12
+    jump_ = growth(probes([-6, -6, -6, -6, 0, 6]))
+    assert jump_["r2"] < 0.8
+    assert jump_["after"] > 10 * jump_["before"]
+    assert growth(probes([-6, -6, 4])) is None
+    assert growth(probes([-6] * 8)) is None
+    assert covered(probes([-6, -5])) is None
+    assert covered(probes([0, 1])) is None

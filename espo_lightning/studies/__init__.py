@@ -5,9 +5,18 @@ cells and 4 digits (`FreeCells`) and all 4^n completions, their ELBOs, gradients
 Training is the library's default run, on puzzles with 8 empty cells.
 """
 
+from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
+from espo_lightning.studies.causal import causal_ratios
+from espo_lightning.studies.compute import paper_costs, step_costs
+from espo_lightning.studies.jump import covered, growth, jump
 from espo_lightning.studies.kl import kl_estimators, kl_training
 from espo_lightning.studies.ratios import ratios
-from espo_lightning.studies.statistics import rank_correlation
+from espo_lightning.studies.statistics import broken_line, first_above, rank_correlation
 from espo_lightning.studies.tightness import tightness
+from espo_lightning.studies.training import final_reward, training_run
 
-__all__ = ["kl_estimators", "kl_training", "rank_correlation", "ratios", "tightness"]
+__all__ = [
+    "Arm", "broken_line", "causal_ratios", "covered", "equal_rollouts", "expected_flops", "final_reward", "first_above",
+    "growth", "jump", "kl_estimators", "kl_training", "paper_costs", "rank_correlation", "ratios", "step_costs",
+    "tightness", "training_run",
+]  # fmt: skip

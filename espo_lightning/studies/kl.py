@@ -24,6 +24,7 @@ from espo_lightning.studies.states import (
     moments,
     new_module,
     train,
+    true_measures,
 )
 from espo_lightning.tasks import Sudoku
 
@@ -147,18 +148,9 @@ def kl_training(
         likelihood = ELBO(draws=2)  # k2_u needs two
         module = new_module(load_policy(SUDOKU), seed, likelihood=likelihood, kl=KLS[name], beta=beta)
         snapshots = train(module, task, seed, rollouts, range(0, rollouts + 1, every))
-        curve = []
-        for at, policy in sorted(snapshots.policies.items()):
-            distance, gap, entropy = [], [], []
-            for state in contested:
-                edges, ref = state.of(policy).edges(), state.edges()
-                law = log_likelihoods(edges)
-                distance.append(float(exact_kl(law, log_likelihoods(ref))))
-                gap.append(float(law.exp() @ (law - elbos(edges))))
-                entropy.append(float(-(law.exp() @ law)))
-            measured = {"kl": distance, "gap": gap, "entropy": entropy}
-            curve.append(
-                {"rollout": at, **held_out(policy, task, problems), **{k: sum(v) / states for k, v in measured.items()}}
-            )
-        result[arm] = {"curve": curve, "rewards": snapshots.rewards}
+        curve = [
+            {"rollout": at, **held_out(policy, task, problems), **true_measures(contested, policy)}
+            for at, policy in sorted(snapshots.policies.items())
+        ]
+        result[arm] = {"curve": curve, "rewards": snapshots.means("reward")}
     return {"arms": result}

@@ -40,6 +40,8 @@ from espo_lightning.studies.states import (
 )
 from espo_lightning.tasks import Problem, Sudoku
 
+RATIOS = {"token": losses.token_ratio, "sequence": losses.sequence_ratio}
+
 
 class Recorded(ESPOModule):
     """Keeps the policy before every update of the last rollout, and after it."""
@@ -157,7 +159,7 @@ def ratio_estimators(
     for name, likelihood in likelihoods.items():
         masked = mask_completions(likelihood, symbols, length, samples, key)
         widths = [math.inf, *(clip_nats if name in (f"ELBO M={draws[0]}", "mean field") else ())]
-        for level, ratio in (("token", losses.token_ratio), ("sequence", losses.sequence_ratio)):
+        for level, ratio in RATIOS.items():
             for nats in widths:
                 result[f"{level}, {name}, {nats:g}"] = Estimator(
                     masked, partial(surrogate, masked.terms(old), advantage[masked.completion], ratio, nats)
@@ -192,7 +194,7 @@ def whole_canvas(rollout: Rollout, policy: Policy, view: int, scatter: int) -> d
     }
     chosen = rollout.advantages.nonzero().squeeze(1)[:scatter]
     parameters = list(policy.parameters())
-    for level, ratio in (("token", losses.token_ratio), ("sequence", losses.sequence_ratio)):
+    for level, ratio in RATIOS.items():
         gradients = []
         for row in chosen.tolist():
             one = slice(row, row + 1)
@@ -228,7 +230,7 @@ def real_batch(
         functions = {"target": partial(exact_surrogate, before, advantage)}
         for name, likelihood in (("ELBO", ELBO()), ("mean field", MeanField())):
             masks = likelihood.draw(fold_in(fold_in(key, row), torch.arange(samples)), len(small))
-            for level, ratio in (("token", losses.token_ratio), ("sequence", losses.sequence_ratio)):
+            for level, ratio in RATIOS.items():
                 for clip in (math.inf, 0.05):
                     functions[f"{level}, {name}, {clip:g}"] = partial(
                         table_surrogate, masks, before, advantage.expand(samples), ratio, clip

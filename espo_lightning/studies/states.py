@@ -7,54 +7,90 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from espo_lightning.data import PromptDataModule
+from espo_lightning.data import ProblemLoader, PromptDataModule
 from espo_lightning.evaluate import solve
 from espo_lightning.exact import (
     FreeCells,
     all_symbols,
+    elbos,
     enumerate_completions,
+    exact_kl,
     lattice_edges,
     log_likelihoods,
 )
+from espo_lightning.likelihood import ELBO
 from espo_lightning.masking import fold_in
 from espo_lightning.module import ESPOModule
 from espo_lightning.policy import Policy, Prompts
 from espo_lightning.sampler import Decoding
-from espo_lightning.sft import encode_answers
+from espo_lightning.sft import SFTModule, encode_answers
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 
 SUDOKU, COUNTDOWN = "bundled:sudoku", "bundled:countdown"
 SMALL_COUNTDOWN = Countdown(largest=10, largest_target=50)  # what its policy was trained for
 TABLE = 100  # a purpose of random keys, apart from those of training
 LEARNING_RATE = 1e-4  # of `fit`
+LESSONS = ELBO(coupled=False, smallest_count=1)  # how the bundled policies were taught
 
 
 class Snapshots(Callback):
-    """Keeps copies of the policy after some rollouts, and the mean reward of every rollout."""
+    """Keeps copies of the policy after some rollouts, and the means of every rollout's verdicts."""
 
     def __init__(self, at: Sequence[int]):
-        self.at, self.policies, self.rewards = set(at), {}, []
+        self.at, self.policies, self.verdicts = set(at), {}, []
 
     def on_fit_start(self, trainer: Trainer, module: ESPOModule) -> None:
         self.keep(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: ESPOModule, *_) -> None:
-        self.rewards.append(float(module.last_rollout.rewards.mean()))
+        verdicts = module.last_rollout.verdicts
+        self.verdicts.append({key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]})
         self.keep(module)
 
     def keep(self, module: ESPOModule) -> None:
         if module.rollouts in self.at:
             self.policies[module.rollouts] = copy.deepcopy(module.policy)
 
+    def means(self, key: str) -> list[float]:
+        """Of every rollout: "reward", "exact", ..."""
+        return [v[key] for v in self.verdicts]
+
+
+class Diverged(FloatingPointError):
+    """Training ended early, its gradients were not finite. snapshots: those until then."""
+
+    def __init__(self, snapshots: Snapshots):
+        super().__init__(f"gradients were not finite after {len(snapshots.verdicts)} rollouts")
+        self.snapshots = snapshots
+
 
 def train(
     module: ESPOModule, task: Task, seed: int, rollouts: int, at: Sequence[int] = (), batch: int = 16
 ) -> Snapshots:
-    """RL as `fit` does it, without a run folder."""
+    """RL as `fit` does it, without a run folder.
+
+    Raises:
+        Diverged: see `ESPOModule`'s ``max_skipped``.
+    """
     snapshots = Snapshots(at)
+    data = PromptDataModule(task, batch_size=batch, batches=rollouts, eval_problems=1, eval_batch_size=1, seed=seed)
+    try:
+        _fit(module, data, callbacks=snapshots)
+    except FloatingPointError as error:
+        raise Diverged(snapshots) from error
+    return snapshots
+
+
+def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128) -> None:
+    """More supervised lessons of a task for a policy, as `sft` gives them."""
+    module = SFTModule(policy, optimizer=partial(torch.optim.AdamW, lr=lr), likelihood=LESSONS, seed=seed)
+    _fit(module, ProblemLoader(task, "train", seed, batch, batches, rank=0, world=1))
+
+
+def _fit(module: LightningModule, data: PromptDataModule | ProblemLoader, **settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
@@ -65,18 +101,16 @@ def train(
             enable_model_summary=False,
             limit_val_batches=0,
             default_root_dir=folder,
-            callbacks=snapshots,
+            **settings,
         )
-        trainer.fit(
-            module,
-            PromptDataModule(task, batch_size=batch, batches=rollouts, eval_problems=1, eval_batch_size=1, seed=seed),
-        )
-    return snapshots
+        trainer.fit(module, data)
 
 
-def new_module(policy: Policy, seed: int, kind: type[ESPOModule] = ESPOModule, **changes) -> ESPOModule:
+def new_module(
+    policy: Policy, seed: int, kind: type[ESPOModule] = ESPOModule, lr: float = LEARNING_RATE, **changes
+) -> ESPOModule:
     """An `ESPOModule` with the settings of `fit`."""
-    return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.01), **changes)
+    return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.01), **changes)
 
 
 def held_out(policy: Policy, task: Task, problems: int) -> dict[str, float]:
@@ -145,6 +179,17 @@ def contested_states(base: Policy, seed: int, count: int, free: int, spread: flo
             states.append(state)
         index += 1
     return states
+
+
+def true_measures(states: list[State], policy: Policy) -> dict[str, float]:
+    """Exact KL to the states' own policy, gap of the ELBO and entropy of the random-order decoder: means, in nats."""
+    rows = []
+    for state in states:
+        edges = state.of(policy).edges()
+        law = log_likelihoods(edges)
+        distance = exact_kl(law, log_likelihoods(state.edges()))
+        rows.append((float(distance), float(law.exp() @ (law - elbos(edges))), float(-(law.exp() @ law))))
+    return {key: sum(column) / len(states) for key, column in zip(("kl", "gap", "entropy"), zip(*rows))}
 
 
 def moments(values: Tensor, probability: Tensor) -> tuple[float, float]:
