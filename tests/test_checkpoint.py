@@ -173,7 +173,8 @@ def test_scores_ignore_padding_and_batch_mates(checkpoints, kind, attention):
 def test_flex_attention_is_full_or_causal_and_ignores_padding(checkpoints, kind):
     """The forward pass; torch has no backward pass of it on CPUs."""
     flex = load_policy(checkpoints / kind, attention="flex_attention").requires_grad_(False)
-    ids, real = torch.randint(MASK + 1, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0)), torch.ones(3, 24) > 0
+    ids = torch.randint(MASK + 1, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(3, 24, dtype=torch.bool)
     real[0, :5], real[1, :11] = False, False
     for attention in (None, real):
         expected = logits(load_policy(checkpoints / kind), ids, attention)
