@@ -31,8 +31,6 @@ FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 REDUCED = yaml.safe_load((FOLDER / "reduced.yaml").read_text())
 NOT_YET_EXECUTED = {
-    "01_elbo_tightness",
-    "02_token_vs_sequence_ratios",
     "04_training_ablations",
     "05_cost",
     "06_sudoku_jump",
