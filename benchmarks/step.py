@@ -11,7 +11,7 @@ import platform
 import tempfile
 import warnings
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from straightforward import Straightforward, assert_same
 
 from espo_lightning import ELBO, Decoding, ESPOModule, Policy, Problem, PromptDataModule, Task
 
-PROMPTS, GROUP, WIDTH, LENGTH, STEPS, UPDATES = 2, 6, 32, 32, 16, 8
-VOCABULARY, CLIP, BETA, MAX_NORM, LR = 64, 0.2, 1e-2, 0.2, 1e-5
+CLIP, BETA, MAX_NORM, LR = 0.2, 1e-2, 0.2, 1e-5
 PHASES = ("rollout", "score", "update")
 SIZES = {  # hidden size, layers, heads, MLP width
     "0.45M": (96, 4, 4, 256),
@@ -36,53 +35,88 @@ SIZES = {  # hidden size, layers, heads, MLP width
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A row of the table. ``same_work``: the library does the same statistical work as the straightforward version.
+class Workload:
+    """What both sides do in a step.
 
-    draws, micro_batch: of both sides; micro_batch None = all 12 completions at once.
-    module: further arguments of the library's `ESPOModule`.
-    dtype: of the library's weights.
-    compile: run the library's networks through torch.compile.
+    size, vocabulary: of the network. prompts, group, updates, draws: Q, G, mu, M.
+    width, length, block, steps: prompt and completion tokens, tokens per block, denoising steps.
+    micro_batch: completions per pass; None = all at once.
     """
 
-    name: str
+    size: str = "0.87M"
+    vocabulary: int = 64
+    prompts: int = 2
+    group: int = 6
+    width: int = 32
+    length: int = 32
+    block: int = 32
+    steps: int = 16
+    updates: int = 8
     draws: int = 1
     micro_batch: int | None = None
+
+    def flops(self, passes: float, trained: float) -> float:
+        """Nominal FLOP of ``passes`` forward and ``trained`` forward and backward passes of all rows and positions: 2
+        per weight and token, plus attention; a backward pass is two forward ones."""
+        d, layers, _, mlp = SIZES[self.size]
+        tokens = self.width + self.length
+        per_token = 2 * (layers * (4 * d * d + 3 * d * mlp) + self.vocabulary * d) + layers * 4 * tokens * d
+        return (passes + 3 * trained) * per_token * tokens * self.prompts * self.group
+
+    @property
+    def step_flops(self) -> float:
+        """Of a whole straightforward step."""
+        pairs = 2 * self.updates * self.draws
+        return self.flops(self.steps + 2 * pairs, pairs)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the library does it. ``same_work``: it does the same statistical work as the straightforward version.
+
+    module: further arguments of `ESPOModule`.
+    dtype, attention: of the weights; transformers' kernel.
+    compile: run the networks through torch.compile.
+    """
+
     same_work: bool = True
     module: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    attention: str = "sdpa"
     compile: bool = False
 
 
-SETTINGS = [
-    Setting("M=1"),
-    Setting("M=2", draws=2),
-    Setting("M=1, 3 x 4", micro_batch=3),
-    Setting("M=2, 3 x 4", draws=2, micro_batch=3),
-    Setting("reused masks", same_work=False, module={"fresh_masks": False}),
-    Setting("beta=0, skip groups", same_work=False, module={"beta": 0.0}),
-    Setting("bf16", same_work=False, dtype="bfloat16"),
-    Setting("compile", compile=True),
-    Setting("M=2, compile", draws=2, compile=True),
-    Setting(
-        "all of these",
-        same_work=False,
-        module={"fresh_masks": False, "beta": 0.0},
-        dtype="bfloat16",
-        compile=True,
-    ),
-]
+LESS = {"fresh_masks": False, "beta": 0.0}
+FAST = {"dtype": "bfloat16", "attention": "eager", "compile": True}  # sdpa's bfloat16 backward is slow on CPUs
+ROWS = {
+    "M=1": (Workload(), Setting()),
+    "M=2": (Workload(draws=2), Setting()),
+    "M=1, 3 x 4": (Workload(micro_batch=3), Setting()),
+    "M=2, 3 x 4": (Workload(draws=2, micro_batch=3), Setting()),
+    "compile": (Workload(), Setting(compile=True)),
+    "M=2, compile": (Workload(draws=2), Setting(compile=True)),
+    "reused masks": (Workload(), Setting(same_work=False, module={"fresh_masks": False})),
+    "beta=0, skip groups": (Workload(), Setting(same_work=False, module={"beta": 0.0})),
+    "both": (Workload(), Setting(same_work=False, module=LESS)),
+    "bf16": (Workload(), Setting(same_work=False, dtype="bfloat16")),
+    "bf16, eager": (Workload(), Setting(same_work=False, dtype="bfloat16", attention="eager")),
+    "all of these": (Workload(), Setting(same_work=False, module=LESS, **FAST)),
+}
 
 
+@dataclass(frozen=True)
 class Letters(Task):
-    """Prompts of 32 tokens; the reward is a share of letters, and every other problem rewards nothing."""
+    """Prompts of ``width`` tokens; the reward is a share of letters, and every other problem rewards nothing."""
+
+    width: int
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
-        return Problem(f"{index % 1000:030d}", partial(share_of_letters, worth=float(index % 2)), answer="e")
+        digits = f"{index % 1000:0{self.width - 2}d}"
+        return Problem(digits, partial(share_of_letters, worth=float(index % 2)), answer="e")
 
 
 def share_of_letters(text: str, worth: float) -> dict[str, float]:
-    return {"reward": worth * sum("a" <= c <= "m" for c in text) / LENGTH}
+    return {"reward": worth * sum("a" <= c <= "m" for c in text) / max(1, len(text))}
 
 
 class Timed(ESPOModule):
@@ -133,7 +167,7 @@ def plain_reward(completion: torch.Tensor) -> torch.Tensor:
     return (completion % 2).float().mean(1)
 
 
-def make_baseline(policy: Policy, setting: Setting) -> Straightforward:
+def make_baseline(policy: Policy, work: Workload) -> Straightforward:
     """The straightforward trainer, on its own copy of the weights."""
     model = deepcopy(policy.model)
     return Straightforward(
@@ -141,12 +175,13 @@ def make_baseline(policy: Policy, setting: Setting) -> Straightforward:
         reference=deepcopy(model).requires_grad_(False),
         optimizer=torch.optim.AdamW(model.parameters(), lr=LR),
         mask_id=policy.mask_id,
-        length=LENGTH,
-        steps=STEPS,
-        group=GROUP,
-        updates=UPDATES,
-        draws=setting.draws,
-        micro_batch=setting.micro_batch or PROMPTS * GROUP,
+        length=work.length,
+        block=work.block,
+        steps=work.steps,
+        group=work.group,
+        updates=work.updates,
+        draws=work.draws,
+        micro_batch=work.micro_batch or work.prompts * work.group,
         clip_range=CLIP,
         beta=BETA,
         max_norm=MAX_NORM,
@@ -154,25 +189,22 @@ def make_baseline(policy: Policy, setting: Setting) -> Straightforward:
     )
 
 
-def fit(policy: Policy, setting: Setting, batches: int, callbacks: list[Callback]) -> None:
+def fit(policy: Policy, work: Workload, setting: Setting, batches: int, callbacks: list[Callback]) -> None:
     """Train with the library."""
     arguments = {
-        "decoding": Decoding(LENGTH, LENGTH, STEPS),
-        "group_size": GROUP,
-        "updates": UPDATES,
-        "likelihood": ELBO(draws=setting.draws),
+        "decoding": Decoding(work.length, work.block, work.steps),
+        "group_size": work.group,
+        "updates": work.updates,
+        "likelihood": ELBO(draws=work.draws),
         "clip_range": CLIP,
         "beta": BETA,
         "optimizer": partial(torch.optim.AdamW, lr=LR),
         "max_grad_norm": MAX_NORM,
-        "micro_batch": setting.micro_batch,
+        "micro_batch": work.micro_batch,
+        "compile": "inductor" if setting.compile else None,
     }
-    policy.to(getattr(torch, setting.dtype))
+    policy.to(getattr(torch, setting.dtype)).model.set_attn_implementation(setting.attention)
     module = Timed(policy, **{**arguments, **setting.module})
-    if setting.compile:
-        policy.model.model.compile()
-        if module.reference is not None:
-            module.reference.policy.model.model.compile()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             max_epochs=1,
@@ -185,65 +217,59 @@ def fit(policy: Policy, setting: Setting, batches: int, callbacks: list[Callback
             limit_val_batches=0,
             callbacks=callbacks,
         )
-        trainer.fit(module, datamodule=PromptDataModule(Letters(), batch_size=PROMPTS, batches=batches))
+        trainer.fit(module, datamodule=PromptDataModule(Letters(work.width), batch_size=work.prompts, batches=batches))
 
 
-def prepare(size: str) -> tuple[Policy, torch.Tensor]:
-    """A policy and prompts [2, 32]."""
+def prepare(work: Workload) -> tuple[Policy, torch.Tensor]:
+    """A policy and prompts [Q, P]."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    policy = random_policy(*SIZES[size], VOCABULARY)
-    return policy, policy.encode([Letters().problem("train", 0, i).prompt for i in range(PROMPTS)]).ids
+    policy = random_policy(*SIZES[work.size], work.vocabulary)
+    problems = [Letters(work.width).problem("train", 0, i) for i in range(work.prompts)]
+    return policy, policy.encode([problem.prompt for problem in problems]).ids
 
 
-def time_both(size: str, setting: Setting, repeats: int) -> tuple[dict[str, list], float, dict[str, float]]:
+def time_both(work: Workload, setting: Setting, repeats: int) -> tuple[dict[str, list], float, dict[str, float]]:
     """Runs of both sides, the warm-up step first; FLOP/s of a matrix product; differences on equal masks."""
-    policy, prompts = prepare(size)
-    baseline = make_baseline(policy, setting)
-    differences = assert_same(baseline, policy, prompts.repeat_interleave(GROUP, 0))
+    policy, prompts = prepare(work)
+    baseline = make_baseline(policy, work)
+    differences = assert_same(baseline, policy, prompts.repeat_interleave(work.group, 0))
     alternate = Alternate(baseline, prompts)
     peak = matmul_peak()
-    fit(policy, setting, repeats + 1, [alternate])
+    fit(policy, work, setting, repeats + 1, [alternate])
     return alternate.runs, max(peak, matmul_peak()), differences
 
 
-def peak_memory(size: str, setting: Setting, library: bool) -> float:
+def peak_memory(work: Workload, setting: Setting, library: bool) -> float:
     """MiB that resident memory rises in two outer steps of one side, the code being loaded already."""
-    policy, prompts = prepare(size)
+    policy, prompts = prepare(work)
 
     def run(policy: Policy) -> None:
         if library:
-            fit(policy, setting, 2, [])
+            fit(policy, work, setting, 2, [])
         else:
-            baseline = make_baseline(policy, setting)
+            baseline = make_baseline(policy, work)
             for _ in range(2):
                 baseline.outer_step(prompts, plain_reward)
 
-    run(random_policy(8, 1, 1, 8, VOCABULARY))
+    run(random_policy(8, 1, 1, 8, work.vocabulary))
     return resident_peak(lambda: run(policy))
 
 
-def nominal_flops(size: str, draws: int) -> float:
-    """FLOP of the straightforward step's passes: 2 per weight and token, plus attention; a backward is 2 forwards."""
-    d, layers, _, mlp = SIZES[size]
-    tokens = WIDTH + LENGTH
-    per_token = 2 * (layers * (4 * d * d + 3 * d * mlp) + VOCABULARY * d) + layers * 4 * tokens * d
-    passes = STEPS + UPDATES * draws * 2 * (1 + 1 + 3)
-    return passes * per_token * tokens * PROMPTS * GROUP
-
-
-def measure(size: str, setting: Setting, repeats: int) -> dict[str, Any]:
+def measure(name: str, work: Workload, setting: Setting, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    both, peak, differences = in_fresh_process(time_both, size, setting, repeats)
-    row: dict[str, Any] = {"size": size, **asdict(setting), "differences": differences}
+    both, peak, differences = in_fresh_process(time_both, work, setting, repeats)
+    row: dict[str, Any] = {"name": name, **asdict(work), **asdict(setting), "differences": differences}
     for side, runs in both.items():
         row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
         row[side]["warm_up"] = runs[0]["step"]
-        tokens = PROMPTS * GROUP * LENGTH
+        tokens = work.prompts * work.group * work.length
         row[side]["tokens_per_second"] = {key: tokens / row[side][key]["median"] for key in ("rollout", "step")}
-        row[side]["peak_MiB"] = in_fresh_process(peak_memory, size, setting, side == "library")
+        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side == "library")
         if setting.same_work:
-            row[side]["share_of_peak"] = nominal_flops(size, setting.draws) / row[side]["step"]["median"] / peak
+            update = work.flops(0, 2 * work.updates * work.draws)
+            row[side]["share_of_peak"] = work.step_flops / row[side]["step"]["median"] / peak
+            row[side]["update_share_of_peak"] = update / row[side]["update"]["median"] / peak
     row["matmul_gflops"] = peak / 1e9
     row["ratio"] = {
         key: {of: row["library"][key][of] / row["straightforward"][key][of] for of in ("median", "min")}
@@ -278,19 +304,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.87M"])
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each side (default: 7)")
-    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], help="some rows (default: all)")
-    parser.add_argument("--quick", action="store_true", help="only the first setting, two repeats")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some rows (default: all)")
+    parser.add_argument("--quick", action="store_true", help="only the first row, two repeats")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     arguments = parser.parse_args()
-    chosen = [s for s in SETTINGS if arguments.settings is None or s.name in arguments.settings]
-    settings, repeats = (chosen[:1], 2) if arguments.quick else (chosen, arguments.repeats)
+    names, repeats = (arguments.rows[:1], 2) if arguments.quick else (arguments.rows, arguments.repeats)
     machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(HEADER)
     for size in arguments.sizes:
-        for setting in settings:
-            rows.append(measure(size, setting, repeats))
+        for name in names:
+            work, setting = ROWS[name]
+            rows.append(measure(name, replace(work, size=size), setting, repeats))
             print(table(rows[-1]), flush=True)
             result = {**machine, "torch": torch.__version__, "rows": rows}
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from measure import user_seconds
 from torch import Tensor, nn
 
-from espo_lightning import Decoding, Masks, Policy, Prompts, espo_loss, generate
+from espo_lightning import Decoding, Masks, Policy, Prompts, espo_loss, sampler
 from espo_lightning.likelihood import ELBO, score
 
 
@@ -45,7 +45,7 @@ class Straightforward:
         model, reference: transformers causal LMs without a causal mask; ``reference`` may be None if beta is 0.
         optimizer: of the model's parameters.
         mask_id: the mask token.
-        length, steps, group, updates, draws: L, denoising steps, G, mu, M.
+        length, block, steps, group, updates, draws: L, block length, denoising steps, G, mu, M.
         micro_batch: completions per forward and backward pass.
         clip_range, beta, max_norm: eps, KL coefficient, gradient clipping.
         generator: of Gumbel noise and masks.
@@ -56,6 +56,7 @@ class Straightforward:
     optimizer: torch.optim.Optimizer
     mask_id: int
     length: int
+    block: int
     steps: int
     group: int
     updates: int
@@ -117,26 +118,44 @@ class Straightforward:
             loss = loss + self.beta * 0.5 * (scores - ref.sum(-1).mean(0)) ** 2 / self.length
         return loss.mean()
 
-    @torch.no_grad()
     def generate(self, prompts: Tensor, temperature: float) -> Tensor:
-        """Low-confidence decoding of one block of L tokens: [B, P] -> [B, L]."""
-        canvas = torch.cat([prompts, prompts.new_full((len(prompts), self.length), self.mask_id)], 1)
-        base, extra = divmod(self.length, self.steps)
-        for step in range(self.steps):
-            masked = canvas == self.mask_id
-            logits = self.model(canvas, use_cache=False).logits.float()
-            probabilities = logits.softmax(-1)
-            logits[:, :, self.mask_id] = float("-inf")
-            if temperature:
-                uniform = torch.rand(logits.shape, generator=self.generator, dtype=torch.float64)
-                logits = logits.double() / temperature - torch.log(-torch.log(uniform))
-            proposal = logits.argmax(-1)
-            confidence = probabilities.gather(-1, proposal.unsqueeze(-1)).squeeze(-1)
-            confidence = torch.where(masked, confidence, float("-inf"))
-            for row in range(len(canvas)):
-                chosen = confidence[row].topk(base + (step < extra)).indices
-                canvas[row, chosen] = proposal[row, chosen]
-        return canvas[:, prompts.shape[1] :]
+        return generate(
+            self.model, self.mask_id, prompts, self.length, self.block, self.steps, temperature, self.generator
+        )
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    mask_id: int,
+    prompts: Tensor,
+    length: int,
+    block: int,
+    steps: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Low-confidence decoding, block by block: [B, P] -> [B, L]."""
+    canvas = torch.cat([prompts, prompts.new_full((len(prompts), length), mask_id)], 1)
+    per_block = steps * block // length
+    base, extra = divmod(block, per_block)
+    for step in range(steps):
+        current, number = divmod(step, per_block)
+        masked = canvas == mask_id
+        masked[:, prompts.shape[1] + (current + 1) * block :] = False
+        logits = model(canvas, use_cache=False).logits.float()
+        probabilities = logits.softmax(-1)
+        logits[:, :, mask_id] = float("-inf")
+        if temperature:
+            uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+            logits = logits.double() / temperature - torch.log(-torch.log(uniform))
+        proposal = logits.argmax(-1)
+        confidence = probabilities.gather(-1, proposal.unsqueeze(-1)).squeeze(-1)
+        confidence = torch.where(masked, confidence, float("-inf"))
+        for row in range(len(canvas)):
+            chosen = confidence[row].topk(base + (number < extra)).indices
+            canvas[row, chosen] = proposal[row, chosen]
+    return canvas[:, prompts.shape[1] :]
 
 
 def assert_same(baseline: Straightforward, policy: Policy, prompts: Tensor) -> dict[str, float]:
@@ -150,8 +169,8 @@ def assert_same(baseline: Straightforward, policy: Policy, prompts: Tensor) -> d
     """
     batch = Prompts(prompts, None)
     keys = torch.arange(len(prompts))
-    decoding = Decoding(baseline.length, baseline.length, baseline.steps, temperature=0.0)
-    completion = generate(policy, batch, keys, decoding)
+    decoding = Decoding(baseline.length, baseline.block, baseline.steps, temperature=0.0)
+    completion = sampler.generate(policy, batch, keys, decoding)
     assert torch.equal(completion, baseline.generate(prompts, temperature=0.0)), "greedy completions differ"
 
     masks = ELBO(draws=baseline.draws).draw(keys, baseline.length)

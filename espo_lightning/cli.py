@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from espo_lightning.runs import RESUME, DirectCheckpointIO, RunCheckpoint, check_space
-from espo_lightning.strategies import check, named
+from espo_lightning.strategies import DEEPSPEED, check, check_resume, named
 
 BAD_INPUT = (ValueError, OSError)  # what constructors and loaders raise when an argument is wrong
 
@@ -127,7 +127,9 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder, refuse to write into somebody's results, and let loggers write into it."""
-        config = self.config
+        config, strategy = self.config, self.config.trainer.strategy
+        if "deepspeed" in str(getattr(strategy, "class_path", strategy)).lower():  # or Lightning asks for the package
+            self.parser.error(DEEPSPEED)
         if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
             self.parser.error(f"ckpt_path {config.ckpt_path} does not exist")
         resumed = None if config.ckpt_path is None else str(Path(config.ckpt_path).resolve().parents[1])
@@ -175,7 +177,7 @@ class TrainingCLI(LightningCLI):
         )
         self.check(trainer)
         if rank_zero_only.rank == 0:
-            check_space(self.run_dir, self.model.policy, keep + 2)  # the best, and the one being written
+            check_space(self.run_dir, self.model, keep + 2)  # the best, and the one being written
             (self.run_dir / "checkpoints").mkdir(exist_ok=True)
             earlier = self.run_dir / "metrics.csv"
             if earlier.exists():  # CSVLogger would delete it
@@ -186,11 +188,14 @@ class TrainingCLI(LightningCLI):
     def check(self, trainer) -> None:
         """Refuse what cannot work with these processes, and set how long they wait for one another."""
         check(trainer.strategy, self.model.policy)
+        if self.config.ckpt_path is not None:
+            check_resume(trainer.strategy, Path(self.config.ckpt_path))
         for name in ("batch_size", "eval_batch_size"):
             if (size := getattr(self.datamodule, name)) % trainer.world_size:
                 raise ValueError(f"data.{name} {size} is not a multiple of the {trainer.world_size} processes")
         if self.config.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.config.timeout}")
+        self.datamodule.task.problem("train", self.datamodule.seed, 0)  # data that cannot be read end it here
         if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
             trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
 

@@ -113,12 +113,13 @@ def collectives(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that a GPU receives in every phase, and the seconds that they take. Weights bfloat16, gradients float32.
 
-    Replicas (DDP, ``shards`` = 1) reduce gradients once per update, shards after every backward pass.
+    Gradients of replicas (DDP, ``shards`` = 1) and of adapters are reduced once per update, others after every
+    backward pass.
     """
     weights = BF16 * (network.parameters + network.adapters(rank))
     gradients = FP32 * (network.adapters(rank) if rank else network.parameters)
     size = {phase: n * ring(weights, shards) for phase, n in gathers(w, gather_rollouts).items()}
-    reductions = updates if shards == 1 else w.updates.calls
+    reductions = updates if shards == 1 or rank else w.updates.calls
     size["updates"] += reductions * ring(gradients, shards)
     replicas = reductions * 2 * ring(gradients / shards, gpus // shards)
     seconds = {phase: n / 1e9 / hardware.gather_speed(shards) for phase, n in size.items()}
@@ -158,7 +159,7 @@ def memory(
     trained = FP32 * adapters if rank else stored * n
     held = {
         "weights": (stored * n + FP32 * adapters) / shards,
-        "gradients": trained / shards,
+        "gradients": trained if rank else trained / shards,  # those of adapters are whole until they are reduced
         "optimizer": 2 * trained / shards,
         "reference": stored * n / shards if w.reference.calls and not rank else 0,
     }

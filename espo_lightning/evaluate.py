@@ -5,7 +5,6 @@ espo_lightning.evaluate`` N processes share the batches, and the last one to fin
 same either way, as batches are the same: only "seconds" differs.
 """
 
-import hashlib
 import os
 import pickle
 import sys
@@ -15,15 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from tqdm import tqdm
 
 from espo_lightning.cli import run
 from espo_lightning.masking import fold_in
-from espo_lightning.policy import Policy
+from espo_lightning.policy import Policy, fingerprint
 from espo_lightning.protocols import protocol as protocol_named
 from espo_lightning.sampler import Decoder, Decoding
 from espo_lightning.shards import Shards
+from espo_lightning.strategies import weights_in
 from espo_lightning.tasks.base import Problem, Task, Verdict
 from espo_lightning.verdicts import judge_all, per_problem, summarise
 
@@ -59,7 +60,7 @@ def evaluate(
         task: where the problems come from.
         decoding: greedy unless told otherwise; `AutoregressiveDecoding` for a causal policy.
         protocol: take ``decoding`` from a published evaluation, such as ``llada-planning-256``; see `protocols`.
-        problems: how many, from the start of the split.
+        problems: how many, from the start of the split; all of them if it has fewer.
         samples: completions per problem. With several, metrics are means over problems of the mean over samples, and
             "pass@k" is added for k = 1, 2, 4, ... (unbiased; right means "exact" is 1).
         batch_size: completions decoded at once; changes the results by rounding only.
@@ -86,12 +87,15 @@ def evaluate(
         )
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
+    task.check_host()
+    task.problem(split, 0, 0)  # data that cannot be read end it before anything is written
+    problems = min(problems, task.size(split) or problems)  # none counts twice
     decoding.check(policy)
     if checkpoint is not None:
         load_weights(policy, checkpoint)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     header = {
-        "policy": fingerprint(policy),
+        "policy": fingerprint(policy.parameters()),
         "versions": {name: version(name) for name in ("torch", "transformers", "espo-lightning")},
         "protocol": protocol,
         "decoding": as_json(decoding),
@@ -149,25 +153,33 @@ def as_json(decoding: Decoding) -> dict:
     return {k: f"{v.__module__}.{v.__qualname__}" if callable(v) else v for k, v in values.items()}
 
 
-def fingerprint(policy: Policy) -> str:
-    """16 hexadecimal digits that name the weights: a hash of about 64 entries of every parameter."""
-    digest = hashlib.sha256()
-    for parameter in policy.parameters():
-        flat = parameter.detach().flatten()
-        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def load_weights(policy: Policy, checkpoint: str) -> None:
     """Put the weights of a Lightning checkpoint of `ESPOModule` or `SFTModule` into a policy of the same architecture.
 
     Raises:
-        ValueError: the file is no such checkpoint, or one of another architecture.
+        ValueError: it is no such checkpoint, one of another architecture, or of adapters for another base.
     """
+    path = Path(checkpoint)
+    frozen = {f"policy.{n}": p for n, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    weights = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
+    weights = {name: weight for name, weight in weights.items() if name not in frozen}
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        policy.load_state_dict({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
-    except (pickle.UnpicklingError, KeyError, RuntimeError, EOFError) as error:
+        if path.is_dir():
+            content = torch.load(path / "meta.pt", weights_only=True)
+            part, names = weights_in(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            names = content["state_dict"]
+        if wrong := weights.keys() ^ {name for name in names if name.startswith("policy.")}:
+            raise ValueError(f"{len(wrong)} weights are in only one of them, such as {min(wrong)}")
+        if frozen and content["base"] != fingerprint(frozen.values()):
+            raise ValueError("its adapters are for another base")
+        if path.is_dir():
+            dcp.load({part: weights}, checkpoint_id=path, no_dist=True)  # in place
+        else:
+            weights = {name: content["state_dict"][name] for name in weights}
+        policy.load_state_dict({name.removeprefix("policy."): weight for name, weight in weights.items()}, strict=False)
+    except (pickle.UnpicklingError, KeyError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint} does not fit the policy: {error}") from error
 
 
@@ -176,7 +188,11 @@ def main(argv: list[str] | None = None) -> None:
         "policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": "bundled:sudoku"}},
         "task": {"class_path": "espo_lightning.tasks.Sudoku"},
     }
-    result = run(evaluate, "espo_lightning.evaluate", argv, defaults)
+    try:
+        result = run(evaluate, "espo_lightning.evaluate", argv, defaults)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
+        raise SystemExit(130) from None
     if result is None:
         lines = ["this process is done; the last one writes the result"]
     else:

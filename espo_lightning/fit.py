@@ -15,7 +15,17 @@ from espo_lightning.runs import SampleLog, write_text
 
 
 class FitCLI(TrainingCLI):
-    """Adds the sample log."""
+    """Adds the sample log, and what verifiers and validation need."""
+
+    def check(self, trainer) -> None:
+        super().check(trainer)
+        task, problems = self.datamodule.task, self.datamodule.eval_problems
+        task.check_host()
+        if (size := task.size("test")) is not None and problems > size:
+            raise ValueError(
+                f"data.eval_problems {problems}: {type(task).__name__} has {size} test problems, and some would count "
+                f"twice. Set data.eval_problems and data.eval_batch_size to {size}, or fewer, or hold out more"
+            )
 
     def extra_callbacks(self) -> list[Callback]:
         return [SampleLog(self.run_dir / "samples.jsonl")]

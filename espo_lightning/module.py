@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -18,8 +17,9 @@ from espo_lightning.checkpoint import make_reference
 from espo_lightning.likelihood import ELBO, Likelihood
 from espo_lightning.masking import Masks, fold_in
 from espo_lightning.policy import Policy, Prompts
+from espo_lightning.runs import PolicyModule
 from espo_lightning.sampler import Decoder, Decoding
-from espo_lightning.strategies import check, clip_grad_norm, gather, gathered, shard
+from espo_lightning.strategies import check, clip_grad_norm, gather, gathered, shard, unreduced
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.verdicts import judge_all, summarise
 
@@ -55,7 +55,7 @@ class Rollout(NamedTuple):
     verdicts: list[Verdict]
 
 
-class ESPOModule(LightningModule):
+class ESPOModule(PolicyModule):
     """ESPO (arXiv:2512.03759) for a policy on verifiable prompts.
 
     Defaults are those of the bundled tiny policy; the paper's settings for LLaDA and Dream are in
@@ -146,7 +146,8 @@ class ESPOModule(LightningModule):
         if compile is not None:
             for scored in (policy, self.reference.policy) if beta else (policy,):
                 scored.compile_network(compile)
-        self.reference_sync, self.strict_loading = reference_sync, bool(reference_sync)  # see on_save_checkpoint
+        self.reference_sync = reference_sync
+        self.leave_out_frozen(but="reference." if reference_sync else None)
         self.skip_equal_groups = skip_equal_groups
         self.optimizer, self.warmup, self.max_grad_norm = optimizer, warmup, max_grad_norm
         self.micro_batch, self.view_by_view, self.gather_rollouts = micro_batch, view_by_view, gather_rollouts
@@ -308,10 +309,8 @@ class ESPOModule(LightningModule):
                 (coefficient[i // per_draw] * self.likelihood.terms(self.policy, *batch, single)).sum()
                 for i, single in enumerate(views)
             )
-        # DDP reduces in every backward pass; only the last one needs it
-        quiet = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         for i, part in enumerate(parts):
-            with nullcontext() if last and i == n - 1 else quiet():
+            with nullcontext() if last and i == n - 1 else unreduced(self.policy, self.trainer.strategy):
                 self.manual_backward(part)
         return MicroBatch(terms.detach(), loss.detach(), statistics)
 
@@ -390,13 +389,12 @@ class ESPOModule(LightningModule):
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Randomness is keyed, so two counters are all that resume needs beside Lightning's own state.
-
-        A frozen reference is not stored: it is the base policy, rebuilt from its folder. So loading is not strict.
-        """
+        """Randomness is keyed, so two counters are all that resume needs beside Lightning's own state."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint |= {"rollouts": self.rollouts, "skipped_in_a_row": self.skipped_in_a_row}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.rollouts, self.skipped_in_a_row = checkpoint["rollouts"], checkpoint["skipped_in_a_row"]
 
 

@@ -4,7 +4,8 @@ LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden st
 What a checkpoint is, is read from its config and tokenizer, never from its name.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
@@ -211,6 +212,15 @@ class Policy(nn.Module):
             arguments["state_dict"] = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.model.save_pretrained(folder, **arguments)
         self.tokenizer.save_pretrained(folder)
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that name some weights: a hash of about 64 entries of each, in their order."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Prefix:

@@ -9,17 +9,62 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import nn
 
+from espo_lightning.policy import fingerprint
 from espo_lightning.strategies import full_state_dict
 
 RESUME = "python -m {command} --config {folder}/config.yaml --ckpt_path {checkpoint}"
+
+
+class PolicyModule(LightningModule):
+    """A module with a ``policy``, whose checkpoints hold what training changes, and of the rest a fingerprint.
+
+    The rest is made again from where it came: the base under adapters, and a frozen reference.
+    """
+
+    def leave_out_frozen(self, but: str | None = None) -> None:
+        """Leave frozen weights out of checkpoints; to be called once, before anything is trained or sharded.
+
+        Args:
+            but: names that begin like this are stored nevertheless.
+        """
+        weights = self.named_parameters(remove_duplicate=False)
+        frozen = {n: p for n, p in weights if not (p.requires_grad or (but and n.startswith(but)))}
+        self.left_out, self.base = set(frozen), fingerprint(frozen.values())
+        self.strict_loading = not frozen
+        self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        for name in self.left_out & state.keys():
+            del state[name]
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Optimizers number the weights that they train, FSDP all of them: names mean the same to both."""
+        checkpoint["base"] = self.base
+        for state in checkpoint.get("optimizer_states", []):
+            groups = state.get("param_groups", [])
+            names = dict(zip((i for group in groups for i in group["params"]), self.trained))
+            if all(isinstance(i, int) for i in names):
+                state["state"] = {names[i]: moments for i, moments in state.get("state", {}).items()}
+                for group in groups:
+                    group["params"] = [names[i] for i in group["params"]]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Raises ValueError if what the checkpoint leaves out was something else."""
+        if checkpoint["base"] != self.base:
+            raise ValueError(
+                f"the checkpoint belongs to another base ({checkpoint['base']}, this one is {self.base}): give "
+                "model.policy the path and the dtype with which the run began"
+            )
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -46,10 +91,10 @@ def write_text(path: Path, text: str) -> None:
     replace(part, path)
 
 
-def check_space(folder: Path, policy: nn.Module, checkpoints: int) -> None:
+def check_space(folder: Path, module: PolicyModule, checkpoints: int) -> None:
     """Refuse to begin a run whose checkpoints will not fit.
 
-    A checkpoint is counted as the weights and two moments of each trainable one, as Adam has.
+    A checkpoint is counted as the module's state and two moments of each trainable weight, as Adam has.
 
     Args:
         checkpoints: at most on the disk at once.
@@ -60,11 +105,11 @@ def check_space(folder: Path, policy: nn.Module, checkpoints: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / ".probe", "whether anything can be written at all")
     (folder / ".probe").unlink()
-    weights, trained = (
-        sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad or everything)
-        for everything in (True, False)
-    )
-    needed, free = checkpoints * (weights + 2 * trained) + weights, shutil.disk_usage(folder).free
+    state = module.state_dict()
+    stored = sum(weight.nbytes for weight in state.values())
+    policy = sum(weight.nbytes for name, weight in state.items() if name.startswith("policy."))
+    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    needed, free = checkpoints * (stored + 2 * trained) + policy, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"run_dir {folder} has {free / 1e9:.1f} GB free, but {checkpoints} checkpoints at once and the final "

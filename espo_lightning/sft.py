@@ -1,7 +1,6 @@
 """``python -m espo_lightning.sft``: supervised training on a task's answers, with the likelihoods of RL."""
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from espo_lightning.data import PromptDataModule
 from espo_lightning.likelihood import ELBO, Likelihood
 from espo_lightning.masking import fold_in
 from espo_lightning.policy import Policy
+from espo_lightning.runs import PolicyModule
 from espo_lightning.strategies import shard
 from espo_lightning.tasks.base import Problem
 
@@ -28,7 +28,7 @@ def encode_answers(policy: Policy, answers: list[str], length: int) -> Tensor:
     return torch.tensor([row + [eos] * (length - len(row)) for row in rows], device=policy.device)
 
 
-class SFTModule(LightningModule):
+class SFTModule(PolicyModule):
     """Supervised training: minimise -S / L of the answers given their prompts, S being their ELBO, or exact likelihood.
 
     Args:
@@ -56,6 +56,7 @@ class SFTModule(LightningModule):
         likelihood.check(policy)
         self.policy, self.length, self.likelihood = policy, length, likelihood
         self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
+        self.leave_out_frozen()
 
     def configure_model(self) -> None:
         self.policy = shard(self.policy, self.trainer.strategy)

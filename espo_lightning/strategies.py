@@ -8,12 +8,14 @@ head may run in as many chunks as a process has tokens: no collective happens in
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,7 +26,6 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
-    OptimStateKeyType,
     ShardingStrategy,
     StateDictType,
     fully_shard,
@@ -33,6 +34,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 PRECISIONS = ("32-true", "bf16-mixed")
+DEEPSPEED = (
+    "trainer.strategy=deepspeed is not possible: its engine clips, skips and steps in one call, after a number of "
+    "passes fixed in advance, where an update here has as many as its rollout needs. Instead of ZeRO-3 use fsdp2, of "
+    "ZeRO-1 or 2 fsdp, of ZeRO-3 with offload FSDP with cpu_offload: true (docs/scaling.md)"
+)
 
 
 class FSDP(FSDPStrategy):
@@ -52,9 +58,7 @@ class FSDP(FSDPStrategy):
             return super().optimizer_state(optimizer)
         plain = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
         state = get_optimizer_state_dict(self.model, plain, options=_whole(self.root_device))
-        if self.global_rank:
-            return {}
-        return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
+        return {} if self.global_rank else state
 
 
 class FSDP2(ModelParallelStrategy):
@@ -88,7 +92,8 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
     """Refuse, before any work, what cannot train this policy as one process would.
 
     Raises:
-        ValueError: a precision, DeepSpeed, tensor parallelism, or FSDP1 with weights of two types or compiled layers.
+        ValueError: a precision, DeepSpeed, tensor parallelism, or FSDP1 with weights of two types, compiled layers, or
+            adapters on one process.
     """
     precision = getattr(strategy.precision_plugin, "precision", "32-true")
     if precision not in PRECISIONS:
@@ -97,10 +102,7 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
             "of the weights themselves is --model.policy.dtype"
         )
     if isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(
-            "trainer.strategy=deepspeed is not possible: its engine owns gradient clipping and accumulation, which "
-            "belong to an update here. fsdp2 shards the same (ZeRO-3), fsdp with gathered rollouts is ZeRO-2"
-        )
+        raise ValueError(DEEPSPEED)
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
         raise ValueError(
             "trainer.strategy=ModelParallelStrategy would split matrices (tensor parallelism), for which there is no "
@@ -116,6 +118,36 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
             )
         if getattr(policy.language_model.model, "_compiled_call_impl", None):
             raise ValueError("trainer.strategy=fsdp cannot shard compiled layers: use fsdp2, or model.compile=null")
+        if strategy.world_size == 1 and policy.has_adapters:  # it loses sight of a frozen embedding, and cannot save
+            raise ValueError("trainer.strategy=fsdp cannot train adapters on one process: use fsdp2, or auto")
+
+
+def check_resume(strategy: Strategy, checkpoint: Path) -> None:
+    """Refuse, before any work, a checkpoint in shards that this strategy cannot read; a single file suits them all.
+
+    Raises:
+        ValueError: another strategy wrote it, or it is a folder of something else.
+    """
+    if checkpoint.is_dir():
+        name = "fsdp2" if weights_in(checkpoint)[0] == "state_dict" else "fsdp"
+        if not isinstance(strategy, NAMES[name]):
+            raise ValueError(
+                f"ckpt_path {checkpoint} is a folder of shards that only {name} reads, on any number of processes: set "
+                f"trainer.strategy={name}"
+            )
+
+
+def weights_in(checkpoint: Path) -> tuple[str, set[str]]:
+    """The weights in a checkpoint folder: the part of it, "state_dict" of FSDP2 or "model" of FSDP, and their names.
+
+    Raises:
+        ValueError: there are no shards in it.
+    """
+    if not (checkpoint / ".metadata").exists():
+        raise ValueError(f"{checkpoint} is a folder without shards: expected a checkpoint, a file or a folder")
+    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    part = "state_dict" if any(name.startswith("state_dict.") for name in names) else "model"
+    return part, {name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")}
 
 
 def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = False) -> nn.Module:
@@ -167,12 +199,28 @@ def gathered(policy: nn.Module) -> Iterator[None]:
             layer.reshard()
 
 
+@contextmanager
+def unreduced(policy: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """Backward passes in here only add to this process's gradients; the one after it reduces them over processes.
+
+    DDP, and FSDP2 with adapters. Otherwise shards are reduced in every pass, as the gradients of all weights would have
+    to be kept whole.
+    """
+    adapters = isinstance(policy, FSDPModule) and policy.has_adapters
+    if adapters:
+        policy.set_requires_gradient_sync(False)
+    with getattr(strategy, "block_backward_sync", nullcontext)():
+        yield
+    if adapters:
+        policy.set_requires_gradient_sync(True)
+
+
 def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
     """Clip the norm of the gradient over all parameters of all processes; returns the norm before clipping."""
     if isinstance(policy, FullyShardedDataParallel):
         return policy.clip_grad_norm_(max_norm)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # torch 2.9 leaves every process its part of it
 
 
 def full_state_dict(policy: nn.Module) -> dict[str, Tensor]:

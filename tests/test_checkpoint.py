@@ -168,6 +168,20 @@ def test_scores_ignore_padding_and_batch_mates(checkpoints, kind, attention):
     assert (visible[:, 1:] - together[:, 1:]).abs().max() > 1e-2  # attending to the pads would have been seen
 
 
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("kind", ["llada", "dream", "llama"])
+def test_flex_attention_is_full_or_causal_and_ignores_padding(checkpoints, kind):
+    """The forward pass; torch has no backward pass of it on CPUs."""
+    flex = load_policy(checkpoints / kind, attention="flex_attention").requires_grad_(False)
+    ids = torch.randint(MASK + 1, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(3, 24, dtype=torch.bool)
+    real[0, :5], real[1, :11] = False, False
+    for attention in (None, real):
+        expected = logits(load_policy(checkpoints / kind), ids, attention)
+        found, select = logits(flex, ids, attention), real[:, flex.shift :]
+        torch.testing.assert_close(found[select], expected[select], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_causal_logits_ignore_padding(checkpoints, kind):
     policy, ids = load_policy(checkpoints / kind), tokens(1, 6)

@@ -87,7 +87,7 @@ def test_the_result_says_what_was_measured(whole):
     assert whole["decoding"]["order"] == "espo_lightning.sampler.low_confidence"
     assert whole["reward"] == pytest.approx(sum(s["verdict"]["reward"] for s in whole["samples"]) / 11)
     assert [s["problem"] for s in whole["samples"]] == list(range(11))
-    assert whole["policy"] == fingerprint(small_policy()) != fingerprint(small_policy(seed=1))
+    assert whole["policy"] == fingerprint(small_policy().parameters()) != fingerprint(small_policy(seed=1).parameters())
 
 
 # ---- kill and resume ------------------------------------------------------------------------------------------------
@@ -106,16 +106,16 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(whole, background, tmp_pat
     assert lines(part) == 3  # the header and two batches
     assert not (tmp_path / "result.json").exists()
 
-    judged = []
+    drawn = []
 
     @dataclass(frozen=True)
     class Counted(Numbered):
         def problem(self, split: str, seed: int, index: int) -> Problem:
-            judged.append(index)
+            drawn.append(index)
             return super().problem(split, seed, index)
 
     assert without_seconds(run(tmp_path / "result.json", task=Counted())) == whole
-    assert judged == list(range(4, 11))
+    assert drawn == [0, *range(4, 11)]  # the first to see whether the data can be read
     assert not part.exists()
 
 
@@ -236,20 +236,24 @@ def test_several_samples_extend_one(whole, tmp_path):
 
 
 def test_protocols():
-    table = {name: (d.length, d.block_length, d.length // d.steps, d.temperature) for name, d in PROTOCOLS.items()}
+    table = {
+        name: (d.length, d.block_length, d.length // d.steps, d.temperature, d.top_p) for name, d in PROTOCOLS.items()
+    }
     assert table == {
-        "llada-planning-128": (128, 32, 2, 0.0),
-        "llada-planning-256": (256, 32, 2, 0.0),
-        "llada-planning-512": (512, 32, 2, 0.0),
-        "llada-reasoning-128": (128, 32, 1, 0.0),
-        "llada-reasoning-256": (256, 32, 1, 0.0),
-        "llada-reasoning-512": (512, 32, 1, 0.0),
-        "dream-planning-128": (128, 128, 2, 0.0),
-        "dream-planning-256": (256, 256, 2, 0.0),
-        "dream-planning-512": (512, 512, 2, 0.0),
-        "dream-reasoning-128": (128, 128, 1, 0.0),
-        "dream-reasoning-256": (256, 256, 1, 0.0),
-        "dream-reasoning-512": (512, 512, 1, 0.0),
+        "llada-planning-128": (128, 32, 2, 0.0, 1.0),
+        "llada-planning-256": (256, 32, 2, 0.0, 1.0),
+        "llada-planning-512": (512, 32, 2, 0.0, 1.0),
+        "llada-reasoning-128": (128, 32, 1, 0.0, 1.0),
+        "llada-reasoning-256": (256, 32, 1, 0.0, 1.0),
+        "llada-reasoning-512": (512, 32, 1, 0.0, 1.0),
+        "dream-planning-128": (128, 128, 2, 0.0, 1.0),
+        "dream-planning-256": (256, 256, 2, 0.0, 1.0),
+        "dream-planning-512": (512, 512, 2, 0.0, 1.0),
+        "dream-reasoning-128": (128, 128, 1, 0.1, 0.9),
+        "dream-reasoning-256": (256, 256, 1, 0.1, 0.9),
+        "dream-reasoning-512": (512, 512, 1, 0.1, 0.9),
+        "dream-reasoning-768": (768, 768, 1, 0.1, 0.9),
+        "dream-reasoning-1024": (1024, 1024, 1, 0.1, 0.9),
     }
     ways = {(name.partition("-")[0], d.order.__name__, d.schedule.__name__) for name, d in PROTOCOLS.items()}
     assert ways == {("llada", "low_confidence", "even_schedule"), ("dream", "entropy_order", "dream_schedule")}
@@ -278,6 +282,17 @@ def test_a_protocol_from_the_command_line(folder, tmp_path, capsys):
         assert error.value.code == 2
         assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([])
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_decoding_from_a_yaml_file(folder, tmp_path):

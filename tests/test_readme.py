@@ -1,10 +1,12 @@
 """What the README promises by example."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import espo_lightning
@@ -25,6 +27,49 @@ def test_the_task_of_the_readme_trains(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "exact" in done.stdout
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+SMALL = ["--data.batches=1", "--data.batch_size=2", "--model.group_size=2", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with the files of the README's own prompts and rewards."""
+    sources = {
+        "capitals.jsonl": re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL),
+        "my_rewards.py": re.findall(r"```python\n# my_rewards.py\n(.*?)```", README, flags=re.DOTALL),
+        "own.yaml": re.findall(r"```yaml\n# own.yaml\n(.*?)```", README, flags=re.DOTALL),
+    }
+    for name, (text,) in sources.items():
+        (tmp_path / name).write_text(text)
+    assert sum(len(text.splitlines()) for (text,) in sources.values()) <= 40
+    return tmp_path
+
+
+def test_the_weighted_rewards_of_the_readme_train(own):
+    """Every reward is logged under its own name."""
+    command = [sys.executable, "-m", "espo_lightning.fit", "--config=own.yaml", "--run_dir=run", *SMALL]
+    done = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    columns = (own / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    expected = {f"reward/{name}/reward" for name in ("task", "polite", "brevity")}
+    assert expected | {"reward/exact", "reward/task/exact", "reward/failed", "reward/timeout"} <= set(columns)
+    assert (own / "run" / "policy").is_dir()
+
+
+def test_the_rows_of_the_readme_are_taken_from_flags(own):
+    (flags,) = re.findall(r"`(--data.task=Rows [^`]*)`", README)
+    sizes = ["--data.task.held_out=0.5", "--data.eval_problems=2", "--data.eval_batch_size=2", "--run_dir=run", *SMALL]
+    command = [sys.executable, "-m", "espo_lightning.fit", *flags.split(), *sizes]
+    done = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (own / "run" / "summary.json").exists()
+    short = ["--decoding.length=8", "--decoding.block_length=8", "--decoding.steps=2", "--output=result.json"]
+    flags = flags.replace("data.", "")
+    command = [sys.executable, "-m", "espo_lightning.evaluate", *flags.split(), "--task.held_out=0.5", *short]
+    done = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((own / "result.json").read_text())["n"] == 2
 
 
 def test_the_loss_of_the_readme_is_the_loss_of_the_library():

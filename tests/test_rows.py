@@ -2,52 +2,19 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
-from espo_lightning.tasks import Rows
+from espo_lightning import evaluate, fit
+from espo_lightning.tasks import GSM8K, MATH, MBPP, HumanEval, Rows
 
 PROMPTS = """\
 {"prompt": "Capital of France?", "capital": "paris"}
 {"prompt": "Capital of Italy?", "capital": "rome"}
 {"prompt": [{"role": "user", "content": "Capital of Peru?"}], "capital": "lima", "answer": "Lima"}
 {"prompt": "Capital of Norway?", "capital": "oslo"}
-"""
-VERIFIERS = """\
-def capital(row, text):
-    named = row["capital"] in text.lower()
-    return {"reward": float(named), "exact": float(text.strip().lower() == row["capital"])}
-
-
-def polite(text):
-    return {"reward": float("please" in text)}
-"""
-CONFIG = """\
-data:
-  batch_size: 2
-  batches: 1
-  eval_problems: 2
-  eval_batch_size: 2
-  task:
-    class_path: espo_lightning.tasks.Weighted
-    init_args:
-      task:
-        class_path: espo_lightning.tasks.Rows
-        init_args:
-          path: capitals.jsonl
-          held_out: 0.5
-          verifier: my_rewards.capital
-      weight: 1.0
-      extra:
-        my_rewards.polite: 0.1
-        espo_lightning.tasks.rewards.brevity: 0.05
-model:
-  group_size: 2
-trainer:
-  accelerator: cpu
 """
 
 
@@ -75,7 +42,7 @@ def test_rows_become_problems(capitals):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"question": "?"}', 'has no "prompt", only .question.'),
+        ('{"question": "?"}', "has no .prompt., which Rows needs, only .question."),
         ('{"prompt": "a"}\n{"prompt": ', "line 2, is not JSON"),
         ("[1]", "line 1, is a list"),
         ("", "no 'train' rows"),
@@ -88,14 +55,80 @@ def test_bad_files_are_named(tmp_path, content, message):
     assert "rows.jsonl" in str(error.value)
 
 
-def test_own_prompts_and_verifiers_train_from_yaml(tmp_path, capitals):
-    """The example of the documentation, as a user runs it: every reward is logged under its own name."""
-    (tmp_path / "my_rewards.py").write_text(VERIFIERS)
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "espo_lightning.fit", "--config=own.yaml", "--run_dir=run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    columns = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
-    expected = {f"reward/{name}/reward" for name in ("task", "polite", "brevity")}
-    assert expected | {"reward/exact", "reward/task/exact", "reward/failed", "reward/timeout"} <= set(columns)
-    assert Path(tmp_path / "run" / "policy").is_dir()
+ROWS = "--TASK=Rows --TASK.path=capitals.jsonl --TASK.verifier=test_rows.capital"
+
+WEIGHTED = "--TASK=Weighted --TASK.task=Countdown --TASK.extra="
+
+
+@pytest.mark.parametrize(("main", "task"), [(fit.main, "data.task"), (evaluate.main, "task")], ids=["fit", "evaluate"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (ROWS.replace("capitals", "nowhere"), "path nowhere.jsonl of Rows cannot be read: No such file"),
+        (ROWS.replace("test_rows.capital", "test_rows.nothing"), "no attribute 'nothing'"),
+        ("--TASK=GSM8K --TASK.path=capitals.jsonl", "line 1, has no 'question', which GSM8K needs, only 'prompt'"),
+        ("--TASK=MATH", "No hub. Set path of MATH to a JSONL file with the columns problem, solution instead"),
+        (WEIGHTED + '{"test_rows.nothing":1}', "'test_rows.nothing' is no import path of a verifier"),
+        (WEIGHTED + '{"a.b":1,"c.b":2}', "two rewards share a name"),
+    ],
+)
+def test_data_that_cannot_be_used_is_one_message_before_anything_is_written(
+    main, task, flags, message, capitals, tmp_path, monkeypatch, capsys
+):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("No hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(SystemExit) as error:
+        main([*flags.replace("TASK", task).split(), "--run_dir=run" if main is fit.main else "--output=result.json"])
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["capitals.jsonl"]
+
+
+def test_no_problem_counts_twice(capitals, tmp_path, monkeypatch, capsys):
+    """Of fewer test rows than it was asked for, `evaluate` takes all, and `fit` wants its batches changed."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--decoding.length=4", "--decoding.block_length=4", "--decoding.steps=2"]
+    evaluate.main([*ROWS.replace("TASK", "task").split(), "--task.held_out=0.75", *short, "--output=result.json"])
+    result = json.loads(Path("result.json").read_text())
+    assert (result["n"], result["problems"], result["settings"]["problems"]) == (3, 3, 256)
+    assert len({json.dumps(sample["prompt"]) for sample in result["samples"]}) == 3
+    with pytest.raises(SystemExit) as error:
+        fit.main([*ROWS.replace("TASK", "data.task").split(), "--data.task.held_out=0.75", "--run_dir=run"])
+    assert error.value.code == 2
+    assert "data.eval_problems 256: Rows has 3 test problems" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "split", "asked"),
+    [
+        (GSM8K, "gsm8k_60.jsonl", "train", ("openai/gsm8k", "main", "train")),
+        (GSM8K, "gsm8k_60.jsonl", "test", ("openai/gsm8k", "main", "test")),
+        (MATH, "math500_84.jsonl", "train", ("ankner/math-500", None, "train")),
+        (MATH, "math500_84.jsonl", "test", ("HuggingFaceH4/MATH-500", None, "test")),
+        (HumanEval, "humaneval_40.jsonl", "test", ("openai/openai_humaneval", None, "test")),
+        (MBPP, "mbpp_60.jsonl", "train", ("google-research-datasets/mbpp", "full", "train")),
+        (MBPP, "mbpp_60.jsonl", "test", ("google-research-datasets/mbpp", "full", "test")),
+    ],
+)
+def test_rows_from_the_hub_and_from_a_file_are_the_same(task, rows, split, asked, monkeypatch):
+    """Rows of the published sets, once as JSONL and once as the data set that the hub's loader would return."""
+    requests = []
+    path = str(Path(__file__).parent / "data" / rows)
+
+    def load_dataset(*args, **kwargs):
+        requests.append((*args, kwargs))
+        return datasets.Dataset.from_json(path)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub, local = task(), task(path=path, held_out=float(split == "test"))
+    assert hub.size(split) == local.size(split)
+    for index in range(3):
+        problem, other = hub.problem(split, 1, index), local.problem(split, 1, index)
+        assert (problem.prompt, problem.answer) == (other.prompt, other.answer)
+        assert problem.verify.keywords == other.verify.keywords
+    assert requests == [(*asked[:2], {"split": asked[2]})]

@@ -1,7 +1,8 @@
 """The runs that test_distributed.py compares: the same four rollouts on one process and on two, under each strategy.
 
-As a program, it does all of them on two processes and saves what the first one saw:
-``python tests/two_processes.py FOLDER``, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process.
+As a program, it does a stage of them and saves what the first process saw: ``python tests/two_processes.py FOLDER
+before|two|after``, in this order, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process. Before
+and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them.
 """
 
 import math
@@ -9,16 +10,20 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from conftest import Letters, small_module, small_policy
 from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espo_lightning import LoRA, PromptDataModule
 from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
-from espo_lightning.strategies import FSDP, FSDP2, full_state_dict, gather
+from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
 
 STRATEGIES = {
     "ddp": lambda: "ddp",
@@ -54,12 +59,15 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "scattered": {"gather_rollouts": False, "max_grad_norm": 1e-3, "micro_batch": 3},
     "sync": {"reference_sync": 2, **ADAM},
     "lora": {"policy": lora_policy, **ADAM},
+    "lora in pieces": {"policy": lora_policy, "micro_batch": 3, "view_by_view": True, **ADAM},
     "poison": {"poison": True},
     "checkpointed tied": {"policy": checkpointed_tied_policy, "view_by_view": True, "micro_batch": 3},
     "bf16 base": {"policy": partial(lora_policy, torch.bfloat16), **ADAM},
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
 RESUMED = ("sync", "lora")
+# whose checkpoints are folders; FSDP1 does not train adapters on one process
+SHARDED = (("fsdp sharded", "sync"), ("fsdp2", "sync"), ("fsdp2", "lora"))
 
 
 class Record(Callback):
@@ -86,13 +94,14 @@ class Record(Callback):
             trainer.save_checkpoint(self.save)
 
 
-class CountAllGathers(TorchDispatchMode):
-    """Counts the all-gathers of this thread: those of weights, and the few others."""
+class CountCollectives(TorchDispatchMode):
+    """Counts this thread's all-gathers, those of weights and a few others, and reductions, of gradients by FSDP."""
 
-    count = 0
+    gathers = reductions = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "allgather" in function.__name__
+        self.gathers += "allgather" in function.__name__
+        self.reductions += "reduce_scatter" in function.__name__
         return function(*args, **(kwargs or {}))
 
 
@@ -104,14 +113,16 @@ def run(
     save: Path | None = None,
     after: int = 2,
     resume: Path | None = None,
+    **changes,
 ) -> dict:
     """Four rollouts of four prompts: what happened, the complete final weights, the number of all-gathers.
 
     Args:
         save: a checkpoint to write after so many rollouts.
         resume: a checkpoint to begin with.
+        changes: of the settings.
     """
-    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name]}
+    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name], **changes}
     poison, precision = settings.pop("poison", False), settings.pop("precision", "32-true")
     module = small_module(settings.pop("policy", small_policy)(), **settings)
     data = PromptDataModule(Letters(), batch_size=4, batches=4, eval_problems=4, eval_batch_size=4)
@@ -122,38 +133,54 @@ def run(
         callbacks=[record], val_check_interval=4, check_val_every_n_epoch=None, inference_mode=False,
         num_sanity_val_steps=0,
     )  # fmt: skip
-    counted = name in ("plain", "scattered")
-    with CountAllGathers() if counted else nullcontext() as gathers:
+    counted = name in ("plain", "scattered", "lora in pieces")
+    with CountCollectives() if counted else nullcontext() as collectives:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return {
         "rollouts": record.rollouts,
         "metrics": record.metrics,
         "val": {k: v for k, v in module.summary.items() if k != "ci95"},
         "weights": {k: v.clone() for k, v in full_state_dict(module.policy).items()},
-        "gathers": gathers and gathers.count,
+        "collectives": collectives and {"gathers": collectives.gathers, "reductions": collectives.reductions},
     }
 
 
-def main(folder: Path) -> None:
-    results = {}
+def clipped_norm_in_parts() -> torch.Tensor:
+    """What `clip_grad_norm` makes of a norm of which either process has a part, 3 and 4; torch 2.13 returns none."""
+    mesh = init_device_mesh("cpu", (2,))
+    part = DTensor.from_local(torch.tensor(3.0 + dist.get_rank()), mesh, [Partial()])
+    with patch("torch.nn.utils.clip_grad_norm_", return_value=part):
+        return clip_grad_norm(nn.Linear(1, 1), 1.0)
+
+
+def main(folder: Path, stage: str) -> None:
+    results, devices = {}, 2 if stage == "two" else 1
 
     def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
-        results[strategy, name, how] = run(name, STRATEGIES[strategy](), 2, folder, **files)
+        results[strategy, name, how] = run(name, STRATEGIES[strategy](), devices, folder, **files)
 
-    for strategy in ("ddp", "fsdp", "fsdp2"):
+    for strategy, name in SHARDED if devices == 1 else ():
+        if stage == "before":
+            do(strategy, name, save=folder / f"one_{strategy}_{name}.ckpt")
+        else:
+            do(strategy, name, "resumed from two processes", resume=folder / f"{strategy}_{name}.ckpt")
+    for strategy in ("ddp", "fsdp", "fsdp2") if devices == 2 else ():
         for name in RUNS:
             if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
                 do(strategy, name)
-    for strategy in STRATEGIES:
+    for strategy in STRATEGIES if devices == 2 else ():
         for name in RESUMED:
             own = folder / f"{strategy}_{name}.ckpt"
             do(strategy, name, save=own)
             do(strategy, name, "resumed", resume=own)
-        do(strategy, "sync", "resumed from one process", resume=folder / "one_sync.ckpt")
+            one = folder / (f"one_{strategy}_{name}.ckpt" if (strategy, name) in SHARDED else f"one_{name}.ckpt")
+            do(strategy, name, "resumed from one process", resume=one)
+    if devices == 2:
+        results["norm in parts"] = clipped_norm_in_parts()
     if dist.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
+        torch.save(results, folder / f"{stage}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

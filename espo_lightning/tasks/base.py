@@ -56,6 +56,13 @@ class Task(ABC):
         """What a policy that knows only the form of an answer scores, per metric; empty if that is not known."""
         return {}
 
+    def size(self, split: str) -> int | None:
+        """How many different problems a split has; None if they are drawn without end."""
+        return None
+
+    def check_host(self) -> None:  # noqa: B027, as most verifiers run everywhere
+        """Raise VerifierUnavailable if this host cannot run the verifiers; asked before a run starts."""
+
     @abstractmethod
     def problem(self, split: str, seed: int, index: int) -> Problem:
         """Problem ``index`` of an endless stream; a function of its arguments only. split: "train" or "test"."""

@@ -155,6 +155,9 @@ class CodeTask(RowTask):
     memory_mb: int = 512
     allow_unsafe: bool = False
 
+    def check_host(self) -> None:
+        sandbox.choose_backend(self.allow_unsafe)
+
     def problem(self, split: str, seed: int, index: int) -> Problem:
         question, answer, test = self.parts(self.row(split, seed, index))
         prompt: Messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
@@ -174,6 +177,7 @@ class HumanEval(CodeTask):
     """
 
     held_out: float = 1.0
+    NEEDED = ("prompt", "entry_point", "test", "canonical_solution")
     HUB = MappingProxyType({"test": ("openai/openai_humaneval", None, "test")})
 
     def parts(self, row: Row) -> tuple[str, str, dict]:
@@ -197,6 +201,7 @@ class HumanEval(CodeTask):
 class MBPP(CodeTask):
     """MBPP and MBPP+: a sentence and assertions. Arguments: `RowTask`, `CodeTask`."""
 
+    NEEDED = ("code", "test_list")
     HUB = MappingProxyType({split: ("google-research-datasets/mbpp", "full", split) for split in ("train", "test")})
 
     def parts(self, row: Row) -> tuple[str, str, dict]:
@@ -218,7 +223,7 @@ class AceCode(CodeTask):
     """
 
     HUB = MappingProxyType({"train": ("TIGER-Lab/AceCode-87K", None, "train")})
-    COLUMNS = ("question", "test_cases")  # the recorded completions beside them are 5 GB
+    NEEDED = COLUMNS = ("question", "test_cases")  # the recorded completions beside them are 5 GB
 
     def _load(self, split: str) -> list[Row]:
         rows = super()._load(split if self.path else "train")

@@ -177,6 +177,9 @@ class Countdown(Task):
             if held_out == (split == "test"):
                 return numbers, int(value)
 
+    def size(self, split: str) -> int | None:
+        return None if self.path is None else len(self._rows)
+
     def problem(self, split: str, seed: int, index: int) -> Problem:
         numbers, target = self._draw(split, seed, index)
         answer = solutions(numbers).get(target, "")

@@ -273,6 +273,7 @@ def _workers() -> Workers:
 class GSM8K(RowTask):
     """Grade-school mathematics: the gold answer is the number after "####". See `RowTask` for the arguments."""
 
+    NEEDED = ("question", "answer")
     HUB = MappingProxyType({split: ("openai/gsm8k", "main", split) for split in ("train", "test")})
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
@@ -287,6 +288,7 @@ class GSM8K(RowTask):
 class MATH(RowTask):
     """Competition mathematics; the gold answer is the row's ``answer``, or the last box of its ``solution``."""
 
+    NEEDED = ("problem", "solution")
     HUB = MappingProxyType(
         {"train": ("ankner/math-500", None, "train"), "test": ("HuggingFaceH4/MATH-500", None, "test")}
     )

@@ -63,23 +63,40 @@ def load(path: str) -> Verifier:
     return found
 
 
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class Weighted(Task):
     """A task with extra rewards.
 
     task: draws the problems. weight: of its own verifier, logged as ``task/...``. extra: import path -> weight; each is
     logged under the function's name.
+
+    Raises:
+        ValueError: a path that leads to no function; two rewards of one name.
     """
 
     task: Task
     weight: float = 1.0
     extra: dict[str, float] = field(default_factory=dict)
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        inner = self.task.problem(split, seed, index)
-        names = ["task", *(path.rpartition(".")[2] for path in self.extra)]
+    def __post_init__(self):
+        names = ["task", *map(_name, self.extra)]
         if len(set(names)) < len(names):
             raise ValueError(f"two rewards share a name: {names}")
+        for path in self.extra:
+            load(path)
+
+    def size(self, split: str) -> int | None:
+        return self.task.size(split)
+
+    def check_host(self) -> None:
+        self.task.check_host()
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        inner = self.task.problem(split, seed, index)
         parts = {"task": (self.weight, inner.verify)}
-        parts |= {name: (weight, load(path)) for name, (path, weight) in zip(names[1:], self.extra.items())}
+        parts |= {_name(path): (weight, load(path)) for path, weight in self.extra.items()}
         return inner._replace(verify=partial(weighted, parts=parts))

@@ -27,6 +27,7 @@ class RowTask(Task):
     # (hub id, configuration, split) per split; subclasses set it. No annotation, so that it is no constructor argument.
     HUB = MappingProxyType({})
     COLUMNS = ()  # what to keep of the hub's columns; empty: all
+    NEEDED = ()  # columns that every row must have
 
     def rows(self, split: str) -> list[Row]:
         """All rows of a split, in file order, loaded once. Raises ValueError if there are none."""
@@ -40,6 +41,9 @@ class RowTask(Task):
             )
         return self._rows[split]
 
+    def size(self, split: str) -> int:
+        return len(self.rows(split))
+
     def row(self, split: str, seed: int, index: int) -> Row:
         """Row ``index`` of an endless stream: every epoch is a new permutation, each row once per epoch."""
         rows = self.rows(split)
@@ -48,30 +52,44 @@ class RowTask(Task):
 
     def _load(self, split: str) -> list[Row]:
         if self.path is None:
-            if split not in self.HUB:
-                return []
-            from datasets import load_dataset  # optional: only for rows from the hub
-
-            name, configuration, hub_split = self.HUB[split]
-            rows = load_dataset(name, configuration, split=hub_split)
-            return list(rows.select_columns(list(self.COLUMNS)) if self.COLUMNS else rows)
+            return self._from_hub(split)
         path = self.path.replace("{split}", split)
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            rows = [_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
+        read = gzip.open if path.endswith(".gz") else open
+        try:
+            with read(path, "rt", encoding="utf-8") as file:
+                rows = [self._row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
+        except OSError as error:
+            cause = error.strerror or error
+            raise ValueError(f"path {path} of {type(self).__name__} cannot be read: {cause}") from error
         if "{split}" in self.path:
             return rows
         cut = len(rows) - round(len(rows) * self.held_out)
         return rows[:cut] if split == "train" else rows[cut:]
 
+    def _from_hub(self, split: str) -> list[Row]:
+        if split not in self.HUB:
+            return []
+        from datasets import load_dataset  # slow to import, and only needed here
 
-def _row(path: str, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}, is a {type(row).__name__}, not an object with named columns")
-    return row
+        name, configuration, hub_split = self.HUB[split]
+        try:
+            rows = load_dataset(name, configuration, split=hub_split)
+        except OSError as error:
+            columns = f" with the columns {', '.join(self.NEEDED)}" if self.NEEDED else ""
+            raise ValueError(f"{error}. Set path of {type(self).__name__} to a JSONL file{columns} instead") from error
+        return list(rows.select_columns(list(self.COLUMNS)) if self.COLUMNS else rows)
+
+    def _row(self, path: str, number: int, line: str) -> Row:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}, is a {type(row).__name__}, not an object with named columns")
+        if missing := [name for name in self.NEEDED if name not in row]:
+            task, has = type(self).__name__, ", ".join(map(repr, row))
+            raise ValueError(f"{path}, line {number}, has no {missing[0]!r}, which {task} needs, only {has}")
+        return row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +103,10 @@ class Rows(RowTask):
     """
 
     verifier: Callable[[Row, str], Verdict]
+    NEEDED = ("prompt",)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         row = self.row(split, seed, index)
-        if "prompt" not in row:
-            raise ValueError(f'a row of {self.path} has no "prompt", only {", ".join(map(repr, row))}')
         return Problem(row["prompt"], partial(self.verifier, row), str(row.get("answer", "")))
 
 

@@ -18,8 +18,10 @@ Backends, in the order tried; each must pass `PROBE`, a program that tries the d
 * ``bwrap``: bubblewrap, a container around each runner, and inside it the layers of ``stdlib``; where a container
   cannot nest namespaces it serves one job, where there is no Landlock its read-only view stands in.
 * ``stdlib``: no dependency; user, network, pid, ipc, uts and mount namespaces, Landlock (ABI 3, Linux 6.2), seccomp.
-* ``unsafe``: only with ``allow_unsafe=True``; whichever of those layers the host has, warns which are missing. Limits
-  and kills still work, but a program may reach files or the network. Otherwise `SandboxUnavailable` is raised.
+* ``unsafe``: only with ``allow_unsafe=True``; whichever of those layers the host has. It warns with what a program can
+  do then, at worst whatever this user can: files, network, processes, signals (so even end the trainer), and a disk
+  full of small files. Limits of time, memory and file size, the kill of the tree and the separation of program and
+  tests remain. Without ``allow_unsafe``, `SandboxUnavailable` is raised.
 """
 
 import atexit
@@ -51,20 +53,30 @@ BACKENDS = ("bwrap", "stdlib")
 SOURCE_LIMIT = 1 << 20  # characters of a program; longer ones are not run
 GRACE = 3.0  # seconds after a job's own deadline until its runner is taken for dead
 
+# Tries each door and prints the open ones. Opening a socket is the door, not connecting: nobody may be listening.
 PROBE = """
 import ctypes, os, socket
-def refused(attempt, *args):
+def is_open(attempt, *args):
     try:
-        attempt(*args)
+        return attempt(*args) or True
     except OSError:
-        return True
-shut = [refused(os.fork), refused(os.kill, os.getppid(), 0), refused(socket.create_connection, ("127.0.0.1", 9), 1),
-        refused(os.execv, "/bin/true", ["true"]), refused(os.listdir, "/home"), refused(os.listdir, "/proc/1"),
-        refused(open, "/etc/passwd"), refused(os.chmod, "/etc/passwd", 0o600), refused(open, "/dev/shm/x", "w"),
-        ctypes.CDLL(None).unshare(0x10000000) < 0]
+        return False
+shared = f"/dev/shm/espo-probe-{os.getpid()}"
+doors = {
+    "start processes": is_open(lambda: os.fork() or os._exit(0)),
+    "signal others": is_open(os.kill, os.getppid(), 0),
+    "use the network": is_open(socket.socket),
+    "list files": is_open(os.listdir, "/home") or is_open(os.listdir, "/proc/1"),
+    "read files": is_open(open, "/etc/passwd"),
+    "write files": is_open(open, shared, "w") and is_open(os.remove, shared),
+    "change permissions": is_open(os.chmod, os.__file__, os.stat(os.__file__).st_mode),
+    "make namespaces": ctypes.CDLL(None).unshare(0x10000000) == 0,
+}
 open("here", "w").write("x")
-print(shut)
-assert all(shut), shut
+found = ", ".join(door for door, opened in doors.items() if opened)
+print(found, flush=True)
+is_open(os.execv, "/bin/true", ["true"])  # last: it does not return if it works
+assert not found, f"a program can {found}"
 """
 
 
@@ -270,10 +282,15 @@ def probe(backend: str) -> str:
         return "bwrap: not on PATH"
     if backend == "stdlib" and sys.platform != "linux":
         return "stdlib: needs Linux"
+    result = _probe(backend)
+    return "" if result.status == "ok" else f"{backend}: {result.status}: {result.error}"
+
+
+def _probe(backend: str) -> Result:
     pool = Sandbox(1, backend=backend)
     result = pool.run(PROBE, timeout=10.0)
     pool.close()
-    return "" if result.status == "ok" else f"{backend}: {result.status}: {result.error}"
+    return result
 
 
 @functools.cache
@@ -287,9 +304,14 @@ def _choose(allow_unsafe: bool) -> str:
     if not allow_unsafe:
         raise SandboxUnavailable(
             f"no isolation for model-written code on this host ({why}). Install bubblewrap, enable unprivileged user "
-            "namespaces and Landlock, or pass allow_unsafe=True to run it with whatever isolation there is."
+            "namespaces and Landlock, or set allow_unsafe=true of the task to run it with whatever isolation there is."
         )
-    warnings.warn(f"UNSAFE SANDBOX: model-written code runs without full isolation ({why})", stacklevel=3)
+    doors = _probe("unsafe").stdout.strip() or "do nothing that the probe tried"
+    warnings.warn(
+        f"UNSAFE SANDBOX: on this host model-written code can {doors}. Its time, memory and file sizes are limited and "
+        f"its processes are killed all the same. Full isolation is missing ({why}).",
+        stacklevel=3,
+    )
     return "unsafe"
 
 

@@ -147,6 +147,9 @@ class Sudoku(Task):
             if sum(all(g[i] == d for i, d in givens) for g in grids()) == 1:
                 return "".join("0" if i in holes else d for i, d in enumerate(solution)), solution
 
+    def size(self, split: str) -> int | None:
+        return None if self.path is None else len(self._rows)
+
     def problem(self, split: str, seed: int, index: int) -> Problem:
         puzzle, solution = self._draw(split, seed, index)
         draw = rng("sudoku answer", split, seed, index)

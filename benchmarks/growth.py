@@ -1,0 +1,88 @@
+"""How the cost of a step grows: ``OMP_NUM_THREADS=1 python benchmarks/growth.py``.
+
+From one small workload, one quantity at a time: group size, draws, updates, denoising steps, completion length,
+vocabulary; and draws once more where decoding dominates (256 steps, mu = 8). The library with its defaults against the
+straightforward version, in one process. Prints a table, writes JSON and a figure.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from measure import in_fresh_process, summary
+from step import PHASES, Setting, Workload, peak_memory, time_both
+
+BASE = Workload(prompts=2, group=4, updates=4)
+LONG = Workload(prompts=1, group=4, length=256, block=32, steps=256, updates=8)
+WIDE = Workload(prompts=1, group=4, steps=8, updates=2)
+AXES = {
+    "group": [replace(BASE, group=n) for n in (2, 4, 8, 16)],
+    "draws": [replace(BASE, draws=n) for n in (1, 2, 4)],
+    "updates": [replace(BASE, updates=n) for n in (1, 2, 4, 8)],
+    "steps": [replace(BASE, steps=n) for n in (8, 16, 32)],
+    "length": [replace(BASE, length=n, block=n) for n in (16, 32, 64, 128)],
+    "vocabulary": [replace(WIDE, vocabulary=n) for n in (64, 4096, 49_152, 126_464)],
+    "draws, 256 steps": [replace(LONG, draws=n) for n in (1, 2)],
+}
+OPTIONS = {"": Setting(), "masks once": Setting(same_work=False, module={"fresh_masks": False})}
+
+
+def measure(work: Workload, setting: Setting, repeats: int) -> dict:
+    """Seconds and MiB of both sides."""
+    both, _, _ = in_fresh_process(time_both, work, setting, repeats)
+    row = {}
+    for side, runs in both.items():
+        row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
+        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side == "library")
+    return row
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """One panel per axis, both sides, seconds per step."""
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    figure, panels = plt.subplots(1, len(axes), figsize=(2.6 * len(axes), 2.6), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes, panels[0]):
+        chosen = [row for row in rows if row["axis"] == axis and not row["option"]]
+        for side, colour in (("straightforward", "#777777"), ("library", "#0072B2")):
+            values = [row[side]["step"]["median"] for row in chosen]
+            panel.plot([row["value"] for row in chosen], values, "o-", color=colour, label=side)
+        panel.set(title=axis, xscale="log", yscale="log")
+        panel.minorticks_off()
+        panel.set_xticks([row["value"] for row in chosen], [f"{row['value']:,}" for row in chosen], fontsize=7)
+    panels[0, 0].set_ylabel("CPU seconds per step")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="some (default: all)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each side (default: 3)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "growth.json")
+    arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    print(f"{'axis':18} {'value':>7} {'option':12} {'straightforward':>20} {'library':>20} ratio   MiB")
+    for axis in arguments.axes:
+        for work in AXES[axis]:
+            for option, setting in OPTIONS.items():
+                if option and axis != "draws, 256 steps":
+                    continue
+                row = {"axis": axis, "value": getattr(work, axis.partition(",")[0]), "option": option, **asdict(work)}
+                rows.append(row | measure(work, setting, arguments.repeats))
+                plain, library = (rows[-1][side] for side in ("straightforward", "library"))
+                print(
+                    f"{axis:18} {row['value']:7} {option:12} {plain['step']['median']:18.2f} s "
+                    f"{library['step']['median']:18.2f} s {library['step']['median'] / plain['step']['median']:5.2f} "
+                    f"{plain['peak_MiB']:6.0f} {library['peak_MiB']:6.0f}",
+                    flush=True,
+                )
+                arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, arguments.output.with_suffix(".png"))
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
