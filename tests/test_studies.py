@@ -269,7 +269,9 @@ def test_snapshots_and_divergence(policy):
     assert torch.equal(start, parameters_to_vector(policy.parameters()))
     assert torch.equal(end, parameters(module))
     assert len(snapshots.means("exact")) == 2
-    assert snapshots.means("reward")[-1] == float(module.last_rollout.rewards.mean())
+    rewards = module.last_rollout.rewards
+    assert snapshots.means("reward")[-1] == pytest.approx(float(rewards.mean()))
+    assert snapshots.means("idle")[-1] == float((rewards[:, 0] == rewards[:, 1]).float().mean())
 
     def nonsense(delta):
         return delta.mean(0) * math.nan
@@ -389,7 +391,7 @@ def test_a_jump_starts_every_reward_from_the_same_base():
     assert cell["probes"][0] == curriculum["probes"][0]
     assert [p["rollout"] for p in cell["probes"]] == [0, 1]
     assert cell["probes"][1] != cell["probes"][0]
-    assert len(cell["reward"]) == len(curriculum["cell"]) == 1
+    assert len(cell["reward"]) == len(curriculum["cell"]) == len(cell["idle"]) == 1
     assert curriculum["exact"] == curriculum["reward"]  # all or nothing
 
 

@@ -59,8 +59,8 @@ def jump(
         levels, per_level: of the `Curriculum`; per_level in rollouts.
 
     Returns:
-        "base": held-out accuracy. "arms": reward -> "reward", "exact" and "cell" of every rollout (of its own puzzles),
-        "probes", and "held_out" after training.
+        "base": held-out accuracy. "arms": reward -> "reward", "exact", "cell" and "idle" of every rollout (of its own
+        puzzles, see `Snapshots`), "probes", and "held_out" after training.
     """
     tasks = {
         "cell": Sudoku(),
@@ -84,7 +84,7 @@ def jump(
             batch=PROMPTS,
         )
         arms[reward] = {
-            **{key: [round(x, 4) for x in snapshots.means(key)] for key in ("reward", "exact", "cell")},
+            **{key: [round(x, 4) for x in snapshots.means(key)] for key in ("reward", "exact", "cell", "idle")},
             "probes": [{"rollout": at, **probe(p, probed)} for at, p in sorted(snapshots.policies.items())],
             "held_out": held_out(policy, Sudoku(), problems),
         }

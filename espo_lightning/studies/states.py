@@ -37,7 +37,10 @@ LESSONS = ELBO(coupled=False, smallest_count=1)  # how the bundled policies were
 
 
 class Snapshots(Callback):
-    """Keeps copies of the policy after some rollouts, and the means of every rollout's verdicts."""
+    """Keeps copies of the policy after some rollouts, and the means of every rollout's verdicts.
+
+    "idle" among these is the share of groups whose completions all have the same reward: no policy gradient.
+    """
 
     def __init__(self, at: Sequence[int]):
         self.at, self.policies, self.verdicts = set(at), {}, []
@@ -46,8 +49,9 @@ class Snapshots(Callback):
         self.keep(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: ESPOModule, *_) -> None:
-        verdicts = module.last_rollout.verdicts
-        self.verdicts.append({key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]})
+        verdicts, rewards = module.last_rollout.verdicts, module.last_rollout.rewards
+        means = {key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]}
+        self.verdicts.append(means | {"idle": float((rewards == rewards[:, :1]).all(1).float().mean())})
         self.keep(module)
 
     def keep(self, module: ESPOModule) -> None:
