@@ -54,14 +54,25 @@ class Policy(nn.Module):
         mask_id: the mask token; None for causal models.
         shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
         causal: whether attention looks backwards only.
+        whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, mask_id: int | None, shift: int = 0, causal: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        mask_id: int | None,
+        shift: int = 0,
+        causal: bool = False,
+        whole_last_layer: bool = False,
+    ):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
         last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
-        self.selective = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+        known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+        self.selective = known and not whole_last_layer
         if self.selective:
             last.forward = MethodType(selective_layer, last)
 
@@ -173,7 +184,9 @@ class Policy(nn.Module):
             ValueError: a model of another family, whose own code may ignore it.
         """
         if not self.selective:
-            raise ValueError("prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code: drop it")
+            raise ValueError(
+                "prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code or whole_last_layer: drop it"
+            )
         # the hidden state before ``start`` is needed anew where it predicts
         return Prefix(None if start is None else start - self.shift)
 

@@ -41,6 +41,7 @@ def new_policy(
     intermediate_size: int = 256,
     seed: int = 0,
     causal: bool = False,
+    whole_last_layer: bool = False,
 ) -> Policy:
     """A small masked diffusion LM of LLaDA's architecture with random weights and `character_tokenizer`.
 
@@ -51,6 +52,7 @@ def new_policy(
         intermediate_size: width of the gated MLP.
         seed: of the weights; no global generator is touched.
         causal: an autoregressive Llama of the same size and weights instead, for controlled comparisons.
+        whole_last_layer: no `selective_layer`: slower, and sums are taken in another order. bundled:sudoku was made so.
     """
     tokenizer = character_tokenizer()
     masked = {"is_causal": False, "mask_token_id": tokenizer.mask_token_id, "logits_shift": 0}
@@ -74,4 +76,4 @@ def new_policy(
             if parameter.ndim > 1:
                 parameter.normal_(0, config.initializer_range, generator=generator)
     facts = {"mask_id": None, "shift": 1} if causal else {"mask_id": tokenizer.mask_token_id}
-    return Policy(model, tokenizer, causal=causal, **facts)
+    return Policy(model, tokenizer, causal=causal, whole_last_layer=whole_last_layer, **facts)

@@ -620,7 +620,7 @@ def test_gradient_checkpointing_does_not_drop_the_cache():
 
 def test_a_network_with_code_of_its_own_has_no_prefix_cache():
     policy = peaky_policy(3)
-    policy.selective = False
+    policy = Policy(policy.model, policy.tokenizer, mask_id=policy.mask_id, whole_last_layer=True)
     with pytest.raises(ValueError, match="prefix_cache needs a Llama, Qwen2 or Qwen3 network"):
         generate(policy, some_prompts(1), keys_of(1, 1), CACHED[0])
 

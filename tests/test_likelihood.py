@@ -693,15 +693,14 @@ def test_gradient_view_by_view_is_that_of_one_graph(kind, coupled, ratio):
 
 def test_the_last_layer_at_selected_positions_gives_the_numbers_of_the_whole_layer():
     """`selective_layer` against transformers' own forward: scores and every gradient."""
-    policy = new_policy(hidden_size=16, layers=2, heads=2, intermediate_size=24)
-    assert policy.selective
-    prompts = policy.encode(["ab", "cdef"])
+    size = {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 24}
+    policies = new_policy(**size), new_policy(**size, whole_last_layer=True)
+    assert [policy.selective for policy in policies] == [True, False]
+    prompts = policies[0].encode(["ab", "cdef"])
     completion = torch.randint(7, 60, (2, 6), generator=torch.Generator().manual_seed(0))
     masks = ELBO(draws=3).draw(torch.arange(2), 6)
     gradients = []
-    for selective in (True, False):
-        policy.selective = selective
-        policy.zero_grad()
+    for policy in policies:
         terms = score(policy, prompts, completion, masks)
         terms.square().sum().backward()
         gradients.append([terms.detach(), *(p.grad.clone() for p in policy.parameters())])
