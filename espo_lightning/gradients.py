@@ -6,6 +6,7 @@ completions is a product with that matrix, and its variance needs the inner prod
 Only masks are sampled, by the library's own likelihoods.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +65,19 @@ class EdgeGradients:
         """The gradient of ``function(edges)``, a scalar: [P]."""
         leaf = self.edges.clone().requires_grad_()
         return self.weighted(torch.autograd.grad(function(leaf), leaf)[0].flatten())
+
+    def compact(self) -> "EdgeGradients":
+        """The same gradients in an orthonormal basis of their span: E columns instead of P, all inner products kept.
+
+        Cosines, norms and variances are what they were, to float32; the coordinates are no longer the parameters'.
+        """
+        gram = torch.zeros(len(self.jacobian), len(self.jacobian), dtype=torch.float64)
+        for block in self.jacobian.split(BLOCK, 1):
+            gram += block.double() @ block.double().mT
+        values, vectors = torch.linalg.eigh(gram)
+        smaller = copy.copy(self)
+        smaller.jacobian = (vectors * values.clamp(min=0).sqrt()).float()
+        return smaller
 
     def products(self) -> Tensor:
         """Inner products of the gradients within every completion's own table: [V^L, 2^L L, 2^L L] float32."""

@@ -263,9 +263,13 @@ def execute(
 
 
 def _without_timings(path: Path) -> None:
-    """Drop what papermill adds about the run itself: it differs every time and names folders."""
+    """Drop what papermill adds about the run itself: it differs every time and names folders.
+
+    So do the states of widgets, which say nothing without a kernel.
+    """
     notebook = json.loads(path.read_text())
-    notebook["metadata"].pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook["metadata"].pop(key, None)
     for cell in notebook["cells"]:
         for key in ("papermill", "execution"):
             cell["metadata"].pop(key, None)

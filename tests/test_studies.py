@@ -7,16 +7,19 @@ import torch
 from conftest import parameters
 from torch.nn.utils import parameters_to_vector
 
-from espo_lightning import ELBO, Decoding, MeanField, QuadratureELBO, Sudoku, load_policy, score
+from espo_lightning import ELBO, Decoding, MeanField, QuadratureELBO, Sudoku, load_policy, score, sequence_ratio
 from espo_lightning.exact import (
+    all_symbols,
+    elbos,
     enumerate_completions,
     exact_elbo,
+    lattice_edges,
     log_likelihoods,
     low_confidence_log_likelihoods,
     subset_log_probs,
 )
 from espo_lightning.flops import LLADA_8B, decoding_passes, forward
-from espo_lightning.gradients import cosine
+from espo_lightning.gradients import EdgeGradients, cosine, mask_completions
 from espo_lightning.masking import fold_in
 from espo_lightning.studies import training
 from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
@@ -24,6 +27,7 @@ from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_term
 from espo_lightning.studies.compute import paper_costs, step_costs
 from espo_lightning.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe
 from espo_lightning.studies.kl import value_moments
+from espo_lightning.studies.noise import Point, noise
 from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
 from espo_lightning.studies.states import (
     SUDOKU,
@@ -412,3 +416,59 @@ def test_growth_of_log_odds():
     assert growth(probes([-6] * 8)) is None
     assert covered(probes([-6, -5])) is None
     assert covered(probes([0, 1])) is None
+
+
+def test_compact_gradients_have_the_same_geometry(policy, state):
+    gradients = EdgeGradients(state.cells, state.prompts, *state.size)
+    small = gradients.compact()
+    assert small.jacobian.shape == (len(gradients.jacobian),) * 2
+    functions = [lambda e: log_likelihoods(e)[3], lambda e: elbos(e).square().sum()]
+    (a, b), (c, d) = ([g.of(f).double() for f in functions] for g in (gradients, small))
+    assert a.norm() > 1e-3
+    assert abs(cosine(a, b)) < 0.999
+    for whole, compact in ((a @ a, c @ c), (a @ b, c @ d), (b @ b, d @ d)):
+        assert compact == pytest.approx(float(whole), rel=1e-4)
+    torch.testing.assert_close(small.products(), gradients.products(), rtol=1e-3, atol=1e-3)
+    assert len(a) == len(parameters_to_vector(policy.parameters()))  # and what it is made from is as it was
+
+
+def test_noise_is_that_of_gradients_taken_one_by_one(policy, state):
+    """Mean, variance and the masks' part of it, from autograd on sampled masks, completion by completion."""
+    point = Point.of(state, policy)
+    symbols, length = state.size
+    moments, direction = point.moments(ELBO(), sequence_ratio, math.inf, samples=3, key=5)
+    masked = mask_completions(ELBO(), symbols, length, 3, key=5)
+    completions = enumerate_completions(symbols, length)
+    masks = ELBO().draw(fold_in(5, torch.arange(len(masked.completion))), length)
+    parameters = list(policy.parameters())
+    gradients = []
+    for row, y in enumerate(masked.completion.tolist()):
+        one = masks.of(slice(row, row + 1))
+        terms = score(state.cells, state.prompts, completions[y : y + 1], one)
+        loss = -(terms - terms.detach()).mean((0, 2)).exp().sum() * point.advantage[y].float()
+        gradients.append(parameters_to_vector(torch.autograd.grad(loss, parameters)).double())
+    by_completion = torch.stack(gradients).view(len(completions), 3, -1)
+    mean = point.probability @ by_completion.mean(1)
+    total = point.probability @ (by_completion - mean).square().sum(-1).mean(1)
+    masks_part = point.probability @ by_completion.var(1).sum(-1)
+    assert moments.variance == pytest.approx(float(total), rel=1e-3)
+    assert moments.mask_variance == pytest.approx(float(masks_part), rel=1e-3)
+    assert float(moments.mean.norm()) == pytest.approx(float(mean.norm()), rel=1e-3)
+    weight = point.probability * point.advantage
+    edges = lattice_edges(state.cells, state.prompts, all_symbols(symbols, length))
+    target = parameters_to_vector(torch.autograd.grad(weight @ log_likelihoods(edges), parameters))
+    assert direction == pytest.approx(cosine(-mean, target), abs=1e-4)
+    assert moments.mask_variance > 0.01 * moments.variance
+    twice = point.moments(ELBO(draws=4), sequence_ratio, math.inf, samples=64, key=5)[0]
+    once = point.moments(ELBO(), sequence_ratio, math.inf, samples=64, key=5)[0]
+    assert twice.mask_variance == pytest.approx(once.mask_variance / 4, rel=0.3)
+
+
+def test_noise_at_points_of_a_rollout():
+    settings = {"warm": 1, "updates": [0, 1], "puzzles": 1, "free": 2}
+    rows = noise(0, **settings, draws=[1], samples=4)["rows"]
+    assert len(rows) == 2 * 2 * 3
+    coupled = [row for row in rows if row["law"] == "coupled"]
+    before, after = ({row["level"]: row for row in coupled if row["updates"] == u} for u in (0, 1))
+    assert before["token"]["variance"] == pytest.approx(before["sequence"]["variance"], rel=1e-5)
+    assert after["token"]["variance"] != pytest.approx(after["sequence"]["variance"], rel=1e-5)
