@@ -149,6 +149,6 @@ def save(figure: Figure, results: str | Path, name: str, file: str) -> Picture:
     figure.savefig(buffer, format="png")
     plt.close(figure)
     image = Image.open(buffer).convert("RGB")
-    # this method serves rare colours too, such as those of thin lines; the default one merges them
-    image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    # this method serves rare colours too, such as those of thin lines; the means keep the hue of pale bands
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
     return Picture(path)
