@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from nbclient import NotebookClient
 from PIL import Image, ImageChops
 
 from espo_lightning import notebooks
@@ -130,6 +131,39 @@ def test_all_run_at_reduced_scale(tmp_path):
     for path in done:
         check_result(json.loads((tmp_path / "results" / path.stem / "result.json").read_text()))
     assert {path: path.read_bytes() for path in FOLDER.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_every_control_of_the_form_draws_a_picture():
+    """As in a browser: a new value of any control runs the form again."""
+    path = FOLDER / "07_gradient_noise.ipynb"
+    values = {k: v for k, v in (notebook_parameters(path) | REDUCED[path.stem]).items() if k not in SETTINGS}
+    lines = [
+        *(f"{key} = {value!r}" for key, value in values.items()),
+        "from espo_lightning import ELBO, sequence_ratio",
+        "from espo_lightning.plots import BLUE, GREY, ORANGE, panels",
+        "from espo_lightning.studies import points",
+    ]
+    moves = """
+def choices(control):
+    if hasattr(control, "options"):
+        return control.options
+    return (control.min, control.max) if hasattr(control, "min") else (True, False)
+
+shown = {}
+for control in form.widget.children[:-1]:
+    for value in choices(control):
+        control.value = value
+        shown[f"{control.description} = {value}"] = [list(o.get("data", o)) for o in form.widget.out.outputs]
+import json
+print(json.dumps(shown))
+"""
+    sources = ["\n".join(lines), read(path).cells[-1].source, moves]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    shown = json.loads(notebook.cells[-1].outputs[-1].text)
+    assert {name.split(" =")[0] for name in shown} > {"puzzle", "after_updates", "M", "coupled", "clip_nats", "batch"}
+    assert all(len(outputs) == 1 and "image/png" in outputs[0] for outputs in shown.values()), shown
 
 
 # ---- the runner ------------------------------------------------------------------------------------------
