@@ -35,7 +35,6 @@ NOT_YET_EXECUTED = {
     "04_training_ablations",
     "05_cost",
     "06_sudoku_jump",
-    "07_gradient_noise",
 }
 executed = pytest.mark.parametrize(  # strict: a notebook that has been executed must leave the list
     "path",
