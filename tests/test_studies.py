@@ -35,6 +35,7 @@ from espo_lightning.studies.states import (
     Snapshots,
     contested_states,
     empty_cells,
+    held_out,
     new_module,
     sudoku_state,
     teach,
@@ -329,23 +330,26 @@ def test_costs_of_the_paper():
     assert (rows[1]["single"] - decoding) / (rows[0]["single"] - decoding) == pytest.approx(4, rel=0.02)
 
 
-def test_a_training_run(monkeypatch):
-    arm = {"likelihood": "mean field", "updates": 1}
-    run = training.training_run(0, arm=arm, rollouts=2, points=1, states=1, free=2, problems=4)
+def test_a_training_run(monkeypatch, policy):
+    settings = {"arm": {"likelihood": "mean field", "updates": 1, "lr": 1e-3}, "states": 1, "free": 2, "problems": 8}
+    run = training.training_run(0, rollouts=2, points=1, **settings)
+    first, last = run["curve"]
     assert [point["rollout"] for point in run["curve"]] == [0, 2]
-    assert run["curve"][0]["kl"] == 0
-    assert run["curve"][1]["kl"] > 0
-    assert set(run["curve"][0]) == {"rollout", "exact", "cell", "kl", "gap", "entropy"}
+    assert set(first) == {"rollout", "exact", "cell", "reward", "kl", "gap", "entropy"}
+    assert first["kl"] == 0
+    assert last["kl"] > 0
+    assert first["cell"] == round(held_out(policy, Sudoku(), 8)["cell"], 4)
     assert len(run["reward"]) == len(run["exact"]) == 2
     assert run["diverged"] is False
-    assert training.final_reward(run | {"reward": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]}) == pytest.approx(0.8)
+    assert training.final_reward(run) == last["reward"] != first["reward"]
 
     def diverge(*_):
         raise Diverged(Snapshots([]))
 
     monkeypatch.setattr(training, "train", diverge)
-    run = training.training_run(0, arm=arm, rollouts=2, points=1, states=1, free=2, problems=4)
+    run = training.training_run(0, rollouts=2, points=1, **settings)
     assert run["diverged"] is True
+    assert run["curve"] == [first]
     assert training.final_reward(run) == 0
 
 
