@@ -34,7 +34,6 @@ REDUCED = yaml.safe_load((FOLDER / "reduced.yaml").read_text())
 NOT_YET_EXECUTED = {
     "04_training_ablations",
     "05_cost",
-    "06_sudoku_jump",
 }
 executed = pytest.mark.parametrize(  # strict: a notebook that has been executed must leave the list
     "path",
