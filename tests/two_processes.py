@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import Letters, small_module, small_policy
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
@@ -150,7 +151,7 @@ def clipped_norm_in_parts() -> torch.Tensor:
     mesh = init_device_mesh("cpu", (2,))
     part = DTensor.from_local(torch.tensor(3.0 + dist.get_rank()), mesh, [Partial()])
     with patch("torch.nn.utils.clip_grad_norm_", return_value=part):
-        return clip_grad_norm(nn.Linear(1, 1), 1.0)
+        return clip_grad_norm(nn.Linear(1, 1), DDPStrategy(), 1.0)
 
 
 def main(folder: Path, stage: str) -> None:
