@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
@@ -128,9 +129,12 @@ class DeepSpeed(DeepSpeedStrategy):
     # ---- set-up ------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Lightning's refuses CPUs, which DeepSpeed knows (where it sees a GPU, with DS_ACCELERATOR=cpu)."""
+        """Lightning's refuses CPUs, which DeepSpeed knows (where there is a GPU, with DS_ACCELERATOR=cpu)."""
         if self.root_device.type == "cuda":
             return super().setup_environment()
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__ = {}  # gloo alone is enough, and needs no compiler
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -141,12 +145,15 @@ class DeepSpeed(DeepSpeedStrategy):
         self.config["torch_autocast"] = mixed
         super()._format_config()
 
-    def init_deepspeed(self) -> None:
-        """To validate needs no engine, as all weights are there."""
+    def setup(self, trainer: Trainer) -> None:
+        """Lightning's casts all weights to one type, and wants an engine to validate, too."""
         import deepspeed
 
-        if not self.lightning_module.trainer.training:
-            return self.model_to_device()
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        if not trainer.training:
+            return
+        self._init_config_if_needed()
         optimizer, schedule = self._init_optimizers()
         self.model, optimizer, _, _ = deepspeed.initialize(
             config=self.config, model=self.model, optimizer=optimizer, dist_init_required=False

@@ -2,7 +2,8 @@
 
 As a program, it does a stage of them and saves what the first process saw: ``python tests/two_processes.py FOLDER
 before|two|after``, in this order, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process. Before
-and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them.
+and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them. The stage
+``zero`` is the runs under DeepSpeed, for which its package must be there.
 """
 
 import math
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espo_lightning import LoRA, PromptDataModule
 from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
-from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
+from espo_lightning.strategies import FSDP, FSDP2, DeepSpeed, clip_grad_norm, full_state_dict, gather
 
 STRATEGIES = {
     "ddp": lambda: "ddp",
@@ -33,6 +34,8 @@ STRATEGIES = {
     "fsdp2": FSDP2,
     "fsdp2 full": partial(FSDP2, save_distributed_checkpoint=False),
 }
+# a bucket has room for some of the weights, and not for the largest
+ZERO = {f"deepspeed_stage_{stage}": partial(DeepSpeed, stage=stage, bucket_size=1000) for stage in (1, 2)}
 
 
 def lora_policy(base=torch.float32):
@@ -155,28 +158,29 @@ def clipped_norm_in_parts() -> torch.Tensor:
 
 
 def main(folder: Path, stage: str) -> None:
-    results, devices = {}, 2 if stage == "two" else 1
+    results, devices = {}, 2 if stage in ("two", "zero") else 1
+    plain, resumed = {"two": (("ddp", "fsdp", "fsdp2"), STRATEGIES), "zero": (ZERO, ZERO)}.get(stage, ((), ()))
 
     def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
-        results[strategy, name, how] = run(name, STRATEGIES[strategy](), devices, folder, **files)
+        results[strategy, name, how] = run(name, (STRATEGIES | ZERO)[strategy](), devices, folder, **files)
 
     for strategy, name in SHARDED if devices == 1 else ():
         if stage == "before":
             do(strategy, name, save=folder / f"one_{strategy}_{name}.ckpt")
         else:
             do(strategy, name, "resumed from two processes", resume=folder / f"{strategy}_{name}.ckpt")
-    for strategy in ("ddp", "fsdp", "fsdp2") if devices == 2 else ():
+    for strategy in plain:
         for name in RUNS:
             if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
                 do(strategy, name)
-    for strategy in STRATEGIES if devices == 2 else ():
+    for strategy in resumed:
         for name in RESUMED:
             own = folder / f"{strategy}_{name}.ckpt"
             do(strategy, name, save=own)
             do(strategy, name, "resumed", resume=own)
             one = folder / (f"one_{strategy}_{name}.ckpt" if (strategy, name) in SHARDED else f"one_{name}.ckpt")
             do(strategy, name, "resumed from one process", resume=one)
-    if devices == 2:
+    if stage == "two":
         results["norm in parts"] = clipped_norm_in_parts()
     if dist.get_rank() == 0:
         torch.save(results, folder / f"{stage}.pt")
