@@ -10,6 +10,7 @@ weights whole.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -222,7 +223,7 @@ class DeepSpeed(DeepSpeedStrategy):
             numbers = range(len(state), len(state) + len(weights))
             for i, weight in zip(numbers, weights):
                 state[i] = {
-                    key: safe_get_full_optimizer_state(weight, key).cpu() if is_moment(value, part) else value
+                    key: safe_get_full_optimizer_state(weight, key).cpu() if is_moment(value, part) else deepcopy(value)
                     for key, value in zero.state.get(part, {}).items()
                 }
             groups.append({**group, "params": list(numbers)})
@@ -269,9 +270,10 @@ def named(strategy: str | Strategy) -> str | Strategy:
     Raises:
         ValueError: a stage of ZeRO that is not possible, or the package is not installed.
     """
-    if isinstance(strategy, str) and strategy.startswith("deepspeed") and strategy not in NAMES:
+    name = strategy.lower() if isinstance(strategy, str) else None  # as Lightning reads its own
+    if name is not None and name.startswith("deepspeed") and name not in NAMES:
         raise ValueError(f"trainer.strategy={strategy}: {ZERO}")
-    return NAMES[strategy]() if strategy in NAMES else strategy
+    return NAMES[name]() if name in NAMES else strategy
 
 
 def check(strategy: Strategy, policy: nn.Module) -> None:
