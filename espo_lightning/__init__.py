@@ -46,6 +46,7 @@ __all__ = [
     "Countdown",
     "Decoder",
     "Decoding",
+    "DeepSpeed",
     "ESPOModule",
     "Likelihood",
     "LoRA",

@@ -76,7 +76,8 @@ class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
 
     Top-level arguments: ``seed`` (of everything; no global generator is touched), ``run_dir``,
-    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too.
+    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too,
+    and ``deepspeed`` is that of this library.
     """
 
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ from torch.distributed.tensor import DTensor
 PRECISIONS = ("32-true", "bf16-mixed")
 DEEPSPEED = "pip install 'setuptools>=77' && pip install --no-build-isolation deepspeed==0.19.8"
 ZERO = (
-    "only ZeRO 1 and 2 are possible with deepspeed, without offloading: instead of ZeRO-3 use fsdp2, with offloading FSDP "
-    "with cpu_offload: true (docs/scaling.md)"
+    "only ZeRO 1 and 2 are possible with deepspeed, without offloading: instead of ZeRO-3 use fsdp2, with offloading "
+    "FSDP with cpu_offload: true (docs/scaling.md)"
 )
 
 
@@ -89,8 +90,8 @@ class FSDP2(ModelParallelStrategy):
 class DeepSpeed(DeepSpeedStrategy):
     """ZeRO 1 or 2 by DeepSpeed's engine: ``--trainer.strategy=deepspeed``.
 
-    Every process has all weights, in float32, and its part of their moments (1) and gradients (2). An update is one step
-    of the engine, after as many passes as there are. Checkpoints are the one file of ddp, not the engine's folders.
+    Every process has all weights, and its part of their moments (1) and gradients (2). An update is one step of the
+    engine, after as many passes as there are. Checkpoints are the one file of ddp, not the engine's folders.
 
     Args:
         stage: 1 sums gradients over processes once per update, 2 in every backward pass, so as to keep only a part.
@@ -173,7 +174,7 @@ class DeepSpeed(DeepSpeedStrategy):
         return self.precision_plugin.precision == "bf16-mixed"
 
     def autocast(self) -> torch.autocast:
-        """As under ddp. The engine has one of its own, which takes over that no cast outlives the weights it is of."""
+        """As under ddp: no cast is kept, as updates change the weights. The engine's own autocast inherits that."""
         return torch.autocast(self.root_device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,17 +218,19 @@ class DeepSpeed(DeepSpeedStrategy):
         """The state of torch's optimizer, put together from all processes; received by the first."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        zero, state, groups = self.model.optimizer, {}, []
+        zero, state, groups, numbers = self.model.optimizer, {}, [], range(0)
         for group, weights in zip(zero.param_groups, zero.bit16_groups):
             (part,) = group["params"]
-            numbers = range(len(state), len(state) + len(weights))
+            numbers = range(numbers.stop, numbers.stop + len(weights))
             for i, weight in zip(numbers, weights):
-                state[i] = {
-                    key: safe_get_full_optimizer_state(weight, key).cpu() if is_moment(value, part) else deepcopy(value)
+                whole = {
+                    key: safe_get_full_optimizer_state(weight, key) if is_moment(value, part) else deepcopy(value)
                     for key, value in zero.state.get(part, {}).items()
                 }
+                if self.is_global_zero:
+                    state[i] = move_data_to_device(whole, "cpu")
             groups.append({**group, "params": list(numbers)})
-        return {} if self.global_rank else {"state": state, "param_groups": groups}
+        return {"state": state, "param_groups": groups} if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """From the state of torch's optimizer, this process's part."""
@@ -237,8 +240,8 @@ class DeepSpeed(DeepSpeedStrategy):
         state, groups = {}, [{**group, "params": [i]} for i, group in enumerate(saved["param_groups"])]
         whole = [[saved["state"].get(n, {}) for n in group["params"]] for group in saved["param_groups"]]
         for i, (group, weights) in enumerate(zip(zero.param_groups, zero.bit16_groups)):
-            (part,), some = group["params"], next(filter(None, whole[i]), {})
-            state[i] = {k: torch.zeros_like(part) if is_moment(v, weights[0]) else v for k, v in some.items()}
+            (part,), some = group["params"], [(w, m) for w, m in zip(weights, whole[i]) if m][:1]
+            state[i] = {k: torch.zeros_like(part) if is_moment(v, w) else v for w, m in some for k, v in m.items()}
         zero.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if not any(state.values()):  # no step was taken
             return
@@ -280,8 +283,8 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
     """Refuse, before any work, what cannot train this policy as one process would.
 
     Raises:
-        ValueError: a precision, tensor parallelism, FSDP1 with weights of two types, compiled layers, or adapters on one
-            process, or DeepSpeed with other settings than those of `DeepSpeed`, or trained weights of another type.
+        ValueError: a precision, tensor parallelism, FSDP1 with weights of two types, compiled layers, or adapters on
+            one process, DeepSpeed with other settings than `DeepSpeed` has, or to train weights other than float32.
     """
     precision = getattr(strategy.precision_plugin, "precision", "32-true")
     if precision not in PRECISIONS:

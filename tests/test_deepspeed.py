@@ -185,7 +185,7 @@ def test_other_stages_and_offloading_are_refused_with_a_way_out(tmp_path, capsys
 def test_the_engine_of_lightnings_own_strategy_is_refused():
     strategy = object.__new__(DeepSpeedStrategy)  # its constructor needs the package
     strategy._precision_plugin = None
-    with pytest.raises(ValueError, match="use deepspeed$"):
+    with pytest.raises(ValueError, match="own settings: use deepspeed"):
         check(strategy, small_policy())
 
 
