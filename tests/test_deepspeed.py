@@ -9,15 +9,16 @@ import pytest
 import torch
 import two_processes
 from conftest import small_policy
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from test_distributed import ENVIRONMENT, HERE, ROUNDED, TINY, assert_same, refused, start, weights
-from two_processes import RESUMED, RUNS, ZERO
+from test_distributed import ENVIRONMENT, HERE, TINY, assert_same, refused, start, weights
+from two_processes import RESUMED, ROUNDED, RUNS, ZERO
 
 from espo_lightning import fit
 from espo_lightning.strategies import DEEPSPEED, DeepSpeed, check, named
 
 installed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason=f"no deepspeed; .ci/run installs it and runs this file: {DEEPSPEED}"
+    find_spec("deepspeed") is None, reason=f"deepspeed is not installed; `make deepspeed` does that: {DEEPSPEED}"
 )
 
 
@@ -74,26 +75,30 @@ def test_a_nan_gradient_of_one_process_skips_the_update_of_all(two, strategy):
 
 @installed
 @pytest.mark.parametrize("strategy", ZERO)
-def test_mixed_precision_scores_in_float32_and_never_rounds_a_weight(one, two, strategy):
-    result, start = two[strategy, "bf16", "whole"], small_policy().state_dict()
-    assert {r["dtype"] for r in result["rollouts"]} == {torch.float32}
-    first, expected = (r["metrics"][0]["train/score_per_token"] for r in (result, one["bf16"]))
-    assert first == pytest.approx(expected, rel=1e-3)
-    assert first != pytest.approx(one["sync"]["metrics"][0]["train/score_per_token"], rel=1e-6)  # in float32
-    assert all(w.dtype == torch.float32 for w in result["weights"].values())
-    assert any(not torch.equal(w, w.bfloat16().float()) for w in result["weights"].values())
-    assert any(not torch.equal(w, start[name]) for name, w in result["weights"].items())
+@pytest.mark.parametrize("name", sorted(ROUNDED))
+def test_rounded_numbers_are_those_of_ddp(two, strategy, name):
+    """Autocast around float32 weights, and adapters on a bfloat16 base; on as many processes, so rounded alike."""
+    assert_same(two[strategy, name, "whole"], two["ddp", name, "whole"])
 
 
 @installed
 @pytest.mark.parametrize("strategy", ZERO)
-def test_float32_adapters_train_on_a_bfloat16_base(one, two, strategy):
+def test_mixed_precision_scores_in_float32_and_never_rounds_a_weight(one, two, strategy):
+    result = two[strategy, "bf16", "whole"]
+    assert {r["dtype"] for r in result["rollouts"]} == {torch.float32}
+    first, rounded, plain = (r["metrics"][0]["train/kl"] for r in (result, one["bf16"], one["sync"]))
+    assert abs(first - rounded) < abs(first - plain)  # there was bfloat16 at all
+    assert all(w.dtype == torch.float32 for w in result["weights"].values())
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in result["weights"].values())
+
+
+@installed
+@pytest.mark.parametrize("strategy", ZERO)
+def test_a_bfloat16_base_stays_as_it_is(two, strategy):
     result, start = two[strategy, "bf16 base", "whole"], two_processes.lora_policy(torch.bfloat16).state_dict()
     for name, weight in result["weights"].items():
         assert weight.dtype == start[name].dtype
         assert torch.equal(weight, start[name]) != (".lora_" in name)
-    first, expected = (r["metrics"][0]["train/score_per_token"] for r in (result, one["bf16 base"]))
-    assert first == pytest.approx(expected, rel=0.02)
 
 
 @installed
@@ -187,6 +192,26 @@ def test_the_engine_of_lightnings_own_strategy_is_refused():
     strategy._precision_plugin = None
     with pytest.raises(ValueError, match="own settings: use deepspeed"):
         check(strategy, small_policy())
+
+
+@installed
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_what_the_engine_is_told(stage, precision):
+    """As DeepSpeed itself reads it: no rounding of weights, no accumulation of its own, no offloading."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    strategy = named(f"deepspeed_stage_{stage}")
+    strategy.precision_plugin = DeepSpeedPrecision(precision)
+    strategy._init_config_if_needed()
+    read = DeepSpeedConfig({**strategy.config, "train_micro_batch_size_per_gpu": 1})
+    assert read.zero_config.stage == stage
+    assert (read.zero_config.offload_optimizer, read.zero_config.offload_param) == (None, None)
+    assert (read.bfloat16_config.enabled, read.float16_config.enabled) == (False, False)
+    assert read.torch_autocast_enabled == (precision == "bf16-mixed")
+    assert read.torch_autocast_dtype == torch.bfloat16
+    assert read.torch_autocast_lower_precision_safe_modules == []
+    assert read.gradient_accumulation_steps == 1
 
 
 @installed
