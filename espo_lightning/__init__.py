@@ -34,8 +34,9 @@ from espo_lightning.sampler import (
     random_order,
 )
 from espo_lightning.scratch import new_policy
-from espo_lightning.strategies import FSDP, FSDP2, DeepSpeed
+from espo_lightning.strategies import FSDP, FSDP2
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
+from espo_lightning.zero import DeepSpeed
 
 __all__ = [
     "ELBO",

@@ -15,7 +15,8 @@ from test_distributed import ENVIRONMENT, HERE, TINY, assert_same, refused, star
 from two_processes import RESUMED, ROUNDED, RUNS, ZERO
 
 from espo_lightning import fit
-from espo_lightning.strategies import DEEPSPEED, DeepSpeed, check, named
+from espo_lightning.strategies import check, named
+from espo_lightning.zero import DEEPSPEED, DeepSpeed
 
 installed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason=f"deepspeed is not installed; `make deepspeed` does that: {DEEPSPEED}"

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espo_lightning import LoRA, PromptDataModule
 from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
-from espo_lightning.strategies import FSDP, FSDP2, DeepSpeed, clip_grad_norm, full_state_dict, gather
+from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
+from espo_lightning.zero import DeepSpeed
 
 STRATEGIES = {
     "ddp": lambda: "ddp",
