@@ -15,6 +15,7 @@ from test_distributed import ENVIRONMENT, HERE, TINY, assert_same, refused, star
 from two_processes import RESUMED, ROUNDED, RUNS, ZERO
 
 from espo_lightning import fit
+from espo_lightning.evaluate import load_weights
 from espo_lightning.strategies import check, named
 from espo_lightning.zero import DEEPSPEED, DeepSpeed
 
@@ -134,6 +135,10 @@ def test_checkpoints_are_those_of_one_process(folder, one, two, strategy):
         assert mine_of_adam["param_groups"] == other_of_adam["param_groups"]
         for a, b in ((mine["state_dict"], other["state_dict"]), (mine_of_adam["state"], other_of_adam["state"])):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+        policy = two_processes.lora_policy() if name == "lora" else small_policy()
+        load_weights(policy, paths[0])
+        trained = {n: w for n, w in policy.named_parameters() if w.requires_grad}
+        torch.testing.assert_close(trained, {n: mine["state_dict"][f"policy.{n}"] for n in trained}, check_stride=False)
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
