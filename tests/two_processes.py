@@ -71,7 +71,7 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
 RESUMED = ("sync", "lora")
-ROUNDED = {"bf16", "bf16 base"}  # another order of additions, or number of rows, may flip a token
+ROUNDED = ("bf16", "bf16 base")  # another order of additions, or number of rows, may flip a token
 # whose checkpoints are folders; FSDP1 does not train adapters on one process
 SHARDED = (("fsdp sharded", "sync"), ("fsdp2", "sync"), ("fsdp2", "lora"))
 
