@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint notebooks env
+.PHONY: run test lint notebooks deepspeed env
 run: env
 	$(BIN)/python -m espo_lightning.fit
 
@@ -17,6 +17,12 @@ lint: env
 # all of them at full scale, in place; NOTEBOOKS="--name=01" runs one, --reduced=true a quick check
 notebooks: env
 	$(BIN)/python -m espo_lightning.notebooks $(NOTEBOOKS)
+
+# the tests of an optional package, which stays in the environment; it builds only where torch is
+deepspeed: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pytest tests/test_deepspeed.py
 
 env: $(VENV)/.complete
 

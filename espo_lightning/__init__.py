@@ -36,6 +36,7 @@ from espo_lightning.sampler import (
 from espo_lightning.scratch import new_policy
 from espo_lightning.strategies import FSDP, FSDP2
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
+from espo_lightning.zero import DeepSpeed
 
 __all__ = [
     "ELBO",
@@ -46,6 +47,7 @@ __all__ = [
     "Countdown",
     "Decoder",
     "Decoding",
+    "DeepSpeed",
     "ESPOModule",
     "Likelihood",
     "LoRA",

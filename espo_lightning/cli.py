@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from espo_lightning.runs import RESUME, DirectCheckpointIO, RunCheckpoint, check_space
-from espo_lightning.strategies import DEEPSPEED, check, check_resume, named
+from espo_lightning.strategies import check, check_resume, named
 
 BAD_INPUT = (ValueError, OSError)  # what constructors and loaders raise when an argument is wrong
 
@@ -76,7 +76,8 @@ class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
 
     Top-level arguments: ``seed`` (of everything; no global generator is touched), ``run_dir``,
-    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too.
+    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too,
+    and ``deepspeed`` is that of this library.
     """
 
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
@@ -127,9 +128,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder, refuse to write into somebody's results, and let loggers write into it."""
-        config, strategy = self.config, self.config.trainer.strategy
-        if "deepspeed" in str(getattr(strategy, "class_path", strategy)).lower():  # or Lightning asks for the package
-            self.parser.error(DEEPSPEED)
+        config = self.config
         if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
             self.parser.error(f"ckpt_path {config.ckpt_path} does not exist")
         resumed = None if config.ckpt_path is None else str(Path(config.ckpt_path).resolve().parents[1])

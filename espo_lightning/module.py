@@ -253,7 +253,8 @@ class ESPOModule(PolicyModule):
             rollout.old[view] = (
                 torch.cat([piece.terms for piece in pieces], 1) if pieces else rollout.masks[view].weight
             )
-        norm = clip_grad_norm(self.policy, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = clip_grad_norm(self.policy, self.trainer.strategy, max_norm)
         finite = bool(torch.isfinite(norm))  # the same on every process, as the norm is
         if not finite:
             optimizer.zero_grad()  # without gradients the step below only counts

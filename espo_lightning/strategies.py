@@ -3,11 +3,13 @@
 Lightning is the engine; a module calls `shard` in ``configure_model`` and everything else follows. The `Policy` is
 the root of the sharding, because its forward pass is the only way into the network. Its transformer layers are the
 units; embedding, last norm and head belong to the root, whose weights stay together for a whole forward pass. So the
-head may run in as many chunks as a process has tokens: no collective happens inside.
+head may run in as many chunks as a process has tokens: no collective happens inside. `DeepSpeed` leaves all weights
+whole.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
+from espo_lightning.zero import ZERO, DeepSpeed
+
 PRECISIONS = ("32-true", "bf16-mixed")
-DEEPSPEED = (
-    "trainer.strategy=deepspeed is not possible: its engine clips, skips and steps in one call, after a number of "
-    "passes fixed in advance, where an update here has as many as its rollout needs. Instead of ZeRO-3 use fsdp2, of "
-    "ZeRO-1 or 2 fsdp, of ZeRO-3 with offload FSDP with cpu_offload: true (docs/scaling.md)"
-)
 
 
 class FSDP(FSDPStrategy):
@@ -80,20 +79,33 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
-NAMES = {"fsdp": FSDP, "fsdp2": FSDP2}  # what --trainer.strategy means here; other names are Lightning's
+NAMES = {  # what --trainer.strategy means here; other names are Lightning's
+    "fsdp": FSDP,
+    "fsdp2": FSDP2,
+    "deepspeed": DeepSpeed,
+    "deepspeed_stage_1": partial(DeepSpeed, stage=1),
+    "deepspeed_stage_2": partial(DeepSpeed, stage=2),
+}
 
 
 def named(strategy: str | Strategy) -> str | Strategy:
-    """The strategy that a command line means by ``fsdp`` and ``fsdp2``; everything else as it is."""
-    return NAMES[strategy]() if strategy in NAMES else strategy
+    """The strategy that a command line means by ``fsdp``, ``fsdp2`` and ``deepspeed``; everything else as it is.
+
+    Raises:
+        ValueError: a stage of ZeRO that is not possible, or the package is not installed.
+    """
+    name = strategy.lower() if isinstance(strategy, str) else None  # as Lightning reads its own
+    if name is not None and name.startswith("deepspeed") and name not in NAMES:
+        raise ValueError(f"trainer.strategy={strategy}: {ZERO}")
+    return NAMES[name]() if name in NAMES else strategy
 
 
 def check(strategy: Strategy, policy: nn.Module) -> None:
     """Refuse, before any work, what cannot train this policy as one process would.
 
     Raises:
-        ValueError: a precision, DeepSpeed, tensor parallelism, or FSDP1 with weights of two types, compiled layers, or
-            adapters on one process.
+        ValueError: a precision, tensor parallelism, FSDP1 with weights of two types, compiled layers, or adapters on
+            one process, DeepSpeed with other settings than `DeepSpeed` has, or to train weights other than float32.
     """
     precision = getattr(strategy.precision_plugin, "precision", "32-true")
     if precision not in PRECISIONS:
@@ -102,7 +114,14 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
             "of the weights themselves is --model.policy.dtype"
         )
     if isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(DEEPSPEED)
+        if not isinstance(strategy, DeepSpeed):
+            raise ValueError("trainer.strategy=DeepSpeedStrategy has an engine of its own settings: use deepspeed")
+        types = {p.dtype for p in policy.parameters() if p.requires_grad}
+        if types != {torch.float32}:
+            raise ValueError(
+                f"trainer.strategy=deepspeed trains weights of float32, got {sorted(map(str, types))}: set "
+                "--model.policy.dtype=float32, train adapters, or use fsdp2"
+            )
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
         raise ValueError(
             "trainer.strategy=ModelParallelStrategy would split matrices (tensor parallelism), for which there is no "
@@ -203,8 +222,8 @@ def gathered(policy: nn.Module) -> Iterator[None]:
 def unreduced(policy: nn.Module, strategy: Strategy) -> Iterator[None]:
     """Backward passes in here only add to this process's gradients; the one after it reduces them over processes.
 
-    DDP, and FSDP2 with adapters. Otherwise shards are reduced in every pass, as the gradients of all weights would have
-    to be kept whole.
+    DDP, ZeRO-1, and FSDP2 with adapters. Otherwise shards are reduced in every pass, as the gradients of all weights
+    would have to be kept whole.
     """
     adapters = isinstance(policy, FSDPModule) and policy.has_adapters
     if adapters:
@@ -215,8 +234,10 @@ def unreduced(policy: nn.Module, strategy: Strategy) -> Iterator[None]:
         policy.set_requires_gradient_sync(True)
 
 
-def clip_grad_norm(policy: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(policy: nn.Module, strategy: Strategy, max_norm: float) -> Tensor:
     """Clip the norm of the gradient over all parameters of all processes; returns the norm before clipping."""
+    if isinstance(strategy, DeepSpeed):
+        return strategy.clip_grad_norm(max_norm)
     if isinstance(policy, FullyShardedDataParallel):
         return policy.clip_grad_norm_(max_norm)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)

@@ -2,7 +2,8 @@
 
 As a program, it does a stage of them and saves what the first process saw: ``python tests/two_processes.py FOLDER
 before|two|after``, in this order, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process. Before
-and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them.
+and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them. The stage
+``zero`` is the runs under DeepSpeed, for which its package must be there, and those that are compared with ddp's.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import Letters, small_module, small_policy
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from espo_lightning import LoRA, PromptDataModule
 from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
 from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
+from espo_lightning.zero import DeepSpeed
 
 STRATEGIES = {
     "ddp": lambda: "ddp",
@@ -32,6 +35,8 @@ STRATEGIES = {
     "fsdp2": FSDP2,
     "fsdp2 full": partial(FSDP2, save_distributed_checkpoint=False),
 }
+# a bucket has room for some of the weights, and not for the largest
+ZERO = {f"deepspeed_stage_{stage}": partial(DeepSpeed, stage=stage, bucket_size=1000) for stage in (1, 2)}
 
 
 def lora_policy(base=torch.float32):
@@ -66,6 +71,7 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
 RESUMED = ("sync", "lora")
+ROUNDED = ("bf16", "bf16 base")  # another order of additions, or number of rows, may flip a token
 # whose checkpoints are folders; FSDP1 does not train adapters on one process
 SHARDED = (("fsdp sharded", "sync"), ("fsdp2", "sync"), ("fsdp2", "lora"))
 
@@ -150,32 +156,36 @@ def clipped_norm_in_parts() -> torch.Tensor:
     mesh = init_device_mesh("cpu", (2,))
     part = DTensor.from_local(torch.tensor(3.0 + dist.get_rank()), mesh, [Partial()])
     with patch("torch.nn.utils.clip_grad_norm_", return_value=part):
-        return clip_grad_norm(nn.Linear(1, 1), 1.0)
+        return clip_grad_norm(nn.Linear(1, 1), DDPStrategy(), 1.0)
 
 
 def main(folder: Path, stage: str) -> None:
-    results, devices = {}, 2 if stage == "two" else 1
+    results, devices = {}, 2 if stage in ("two", "zero") else 1
+    plain, resumed = {"two": (("ddp", "fsdp", "fsdp2"), STRATEGIES), "zero": (ZERO, ZERO)}.get(stage, ((), ()))
 
     def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
-        results[strategy, name, how] = run(name, STRATEGIES[strategy](), devices, folder, **files)
+        results[strategy, name, how] = run(name, (STRATEGIES | ZERO)[strategy](), devices, folder, **files)
 
     for strategy, name in SHARDED if devices == 1 else ():
         if stage == "before":
             do(strategy, name, save=folder / f"one_{strategy}_{name}.ckpt")
         else:
             do(strategy, name, "resumed from two processes", resume=folder / f"{strategy}_{name}.ckpt")
-    for strategy in ("ddp", "fsdp", "fsdp2") if devices == 2 else ():
+    for strategy in plain:
         for name in RUNS:
             if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
                 do(strategy, name)
-    for strategy in STRATEGIES if devices == 2 else ():
+    for strategy in resumed:
         for name in RESUMED:
             own = folder / f"{strategy}_{name}.ckpt"
             do(strategy, name, save=own)
             do(strategy, name, "resumed", resume=own)
             one = folder / (f"one_{strategy}_{name}.ckpt" if (strategy, name) in SHARDED else f"one_{name}.ckpt")
             do(strategy, name, "resumed from one process", resume=one)
-    if devices == 2:
+    if stage == "zero":
+        for name in ROUNDED:
+            do("ddp", name)
+    if stage == "two":
         results["norm in parts"] = clipped_norm_in_parts()
     if dist.get_rank() == 0:
         torch.save(results, folder / f"{stage}.pt")
