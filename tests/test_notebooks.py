@@ -33,7 +33,6 @@ NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 REDUCED = yaml.safe_load((FOLDER / "reduced.yaml").read_text())
 NOT_YET_EXECUTED = {
     "04_training_ablations",
-    "05_cost",
 }
 executed = pytest.mark.parametrize(  # strict: a notebook that has been executed must leave the list
     "path",
