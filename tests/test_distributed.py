@@ -256,6 +256,7 @@ def start(arguments, **options) -> subprocess.Popen:
     return subprocess.Popen([*FIT, *map(str, arguments)], **pipes | options)
 
 
+@pytest.mark.slow
 def test_plain_fsdp_on_the_command_line_leaves_a_complete_run_folder(whole, tiny, tmp_path):
     run_dir = tmp_path / "run"
     process = start([
@@ -270,6 +271,7 @@ def test_plain_fsdp_on_the_command_line_leaves_a_complete_run_folder(whole, tiny
     assert mine["after"] == expected["after"]
 
 
+@pytest.mark.slow
 def test_fsdp2_stops_at_ctrl_c_and_goes_on_from_a_folder_of_shards(whole, tiny, tmp_path):
     run_dir = tmp_path / "run"
     flags = ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--data.batches=6", "--trainer.val_check_interval=2"]
@@ -300,6 +302,7 @@ def fail(run_dir: Path, tiny: str, *flags: str) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_stops_all_and_names_itself_and_the_checkpoint(tiny, tmp_path):
     code, output = fail(tmp_path / "run", tiny, "--data.task.mode=raise", "--trainer.strategy=ddp")
     assert code in FAILED

@@ -468,6 +468,7 @@ def test_noise_is_that_of_gradients_taken_one_by_one(policy, state):
     assert twice.mask_variance == pytest.approx(once.mask_variance / 4, rel=0.3)
 
 
+@pytest.mark.slow
 def test_noise_at_points_of_a_rollout():
     settings = {"warm": 1, "updates": [0, 1], "puzzles": 1, "free": 2}
     rows = noise(0, **settings, draws=[1], samples=4)["rows"]
