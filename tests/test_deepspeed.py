@@ -1,6 +1,5 @@
 """ZeRO 1 and 2 by DeepSpeed: two processes against one, resume to and from it, and what it refuses."""
 
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +10,8 @@ import two_processes
 from conftest import small_policy
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from test_distributed import ENVIRONMENT, HERE, TINY, assert_same, refused, start, weights
-from two_processes import RESUMED, ROUNDED, RUNS, ZERO
+from test_distributed import TINY, assert_same, refused, start, weights
+from two_processes import ENVIRONMENT, RESUMED, ROUNDED, RUNS, ZERO
 
 from espo_lightning import fit
 from espo_lightning.evaluate import load_weights
@@ -31,21 +30,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder) -> dict:
-    """Every run on one process, without DeepSpeed: the oracle."""
-    return {
-        name: two_processes.run(name, "auto", 1, folder, save=folder / f"one_{name}.ckpt" if name in RESUMED else None)
-        for name in RUNS
-    }
+    """Without DeepSpeed."""
+    return two_processes.alone(folder)
 
 
 @pytest.fixture(scope="module")
 def two(folder, one) -> dict:
     """Every run on two processes, in both stages."""
-    command = [sys.executable, HERE / "two_processes.py", folder, "zero"]
-    environment = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(folder / "zero.pt", weights_only=False)
+    return two_processes.staged(folder, "zero", timeout=900, DS_ACCELERATOR="cpu")
 
 
 @installed

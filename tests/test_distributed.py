@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import resource
 import shutil
@@ -19,14 +18,11 @@ import torch
 import two_processes
 from conftest import small_policy
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from two_processes import RESUMED, ROUNDED, RUNS, SHARDED, STRATEGIES
+from two_processes import ENVIRONMENT, RESUMED, ROUNDED, RUNS, SHARDED, STRATEGIES
 
 from espo_lightning import fit, load_policy, new_policy
 from espo_lightning.evaluate import load_weights
 from espo_lightning.strategies import FSDP, FSDP2, check, check_resume, named, weights_in
-
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +32,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder) -> dict:
-    """Every run on one process: the oracle."""
-    return {
-        name: two_processes.run(name, "auto", 1, folder, save=folder / f"one_{name}.ckpt" if name in RESUMED else None)
-        for name in RUNS
-    }
+    return two_processes.alone(folder)
 
 
 @pytest.fixture(scope="module")
 def two(folder, one) -> dict:
     """Every run on two processes, under each strategy; and on one, those whose checkpoints are folders."""
-    results = {}
-    for stage in ("before", "two", "after"):
-        command = [sys.executable, HERE / "two_processes.py", folder, stage]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500)
-        assert done.returncode == 0, done.stdout + done.stderr
-        results |= torch.load(folder / f"{stage}.pt", weights_only=False)
-    return results
+    return two_processes.staged(folder, "before", "two", "after", timeout=1500)
 
 
 def assert_same(result: dict, expected: dict, exactly: bool = False) -> None:

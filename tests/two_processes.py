@@ -7,6 +7,8 @@ and after all the runs on two processes, there are runs on one that exchange sha
 """
 
 import math
+import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -28,6 +30,8 @@ from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
 from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
 from espo_lightning.zero import DeepSpeed
 
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
 STRATEGIES = {
     "ddp": lambda: "ddp",
     "fsdp": FSDP,
@@ -157,6 +161,24 @@ def clipped_norm_in_parts() -> torch.Tensor:
     part = DTensor.from_local(torch.tensor(3.0 + dist.get_rank()), mesh, [Partial()])
     with patch("torch.nn.utils.clip_grad_norm_", return_value=part):
         return clip_grad_norm(nn.Linear(1, 1), DDPStrategy(), 1.0)
+
+
+def alone(folder: Path) -> dict:
+    """Every run on one process: the oracle. Those that are resumed leave their checkpoints in the folder."""
+    saved = {name: folder / f"one_{name}.ckpt" for name in RESUMED}
+    return {name: run(name, "auto", 1, folder, save=saved.get(name)) for name in RUNS}
+
+
+def staged(folder: Path, *stages: str, timeout: float, **environment: str) -> dict:
+    """What this program saved in the stages, one after the other, each on as many processes as it wants."""
+    results = {}
+    for stage in stages:
+        command = [sys.executable, __file__, folder, stage]
+        env = ENVIRONMENT | environment
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        results |= torch.load(folder / f"{stage}.pt", weights_only=False)
+    return results
 
 
 def main(folder: Path, stage: str) -> None:
