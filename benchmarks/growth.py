@@ -22,7 +22,7 @@ AXES = {
     "draws": [replace(BASE, draws=n) for n in (1, 2, 4)],
     "updates": [replace(BASE, updates=n) for n in (1, 2, 4, 8)],
     "steps": [replace(BASE, steps=n) for n in (8, 16, 32)],
-    "length": [replace(BASE, length=n, block=n) for n in (16, 32, 64, 128)],
+    "length": [replace(BASE, length=n, block=n) for n in (32, 64, 128, 256)],
     "vocabulary": [replace(WIDE, vocabulary=n) for n in (64, 4096, 49_152, 126_464)],
     "draws, 256 steps": [replace(LONG, draws=n) for n in (1, 2)],
 }

@@ -24,7 +24,7 @@ from espo_lightning import Decoding, ESPOModule, Policy, PromptDataModule, Sudok
 from espo_lightning.masking import fold_in
 from espo_lightning.verdicts import judge
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 TARGET, PROBLEMS, EVERY = 0.5, 256, 2  # exact-grid accuracy, held-out puzzles, steps between evaluations
 TASK, PROMPTS = Sudoku(), 16
 

@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import tempfile
+import time
 import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -102,6 +103,7 @@ ROWS = {
     "bf16, eager": (Workload(), Setting(same_work=False, dtype="bfloat16", attention="eager")),
     "all of these": (Workload(), Setting(same_work=False, module=LESS, **FAST)),
 }
+OF_THE_WORKLOAD = ("vocabulary", "length", "steps", "updates")  # flags
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,25 @@ class Alternate(Callback):
         self.runs: dict[str, list[dict[str, float]]] = {"library": [], "straightforward": []}
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self.start = user_seconds()
+        self.start = clocks()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.runs["library"].append({"step": user_seconds() - self.start, **pl_module.spent})
-        start = user_seconds()
+        self.runs["library"].append({**since(self.start), **pl_module.spent})
+        start = clocks()
         phases = self.baseline.outer_step(self.prompts, plain_reward)
-        self.runs["straightforward"].append({"step": user_seconds() - start, **phases})
+        self.runs["straightforward"].append({**since(start), **phases})
         pl_module.spent = dict.fromkeys(PHASES, 0.0)
-        self.start = user_seconds()
+        self.start = clocks()
+
+
+def clocks() -> tuple[float, float]:
+    """User CPU and wall seconds."""
+    return user_seconds(), time.perf_counter()
+
+
+def since(start: tuple[float, float]) -> dict[str, float]:
+    """What `clocks` has advanced by."""
+    return dict(zip(("step", "wall"), (now - then for now, then in zip(clocks(), start))))
 
 
 def plain_reward(completion: torch.Tensor) -> torch.Tensor:
@@ -261,7 +273,7 @@ def measure(name: str, work: Workload, setting: Setting, repeats: int) -> dict[s
     both, peak, differences = in_fresh_process(time_both, work, setting, repeats)
     row: dict[str, Any] = {"name": name, **asdict(work), **asdict(setting), "differences": differences}
     for side, runs in both.items():
-        row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
+        row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", "wall", *PHASES)}
         row[side]["warm_up"] = runs[0]["step"]
         tokens = work.prompts * work.group * work.length
         row[side]["tokens_per_second"] = {key: tokens / row[side][key]["median"] for key in ("rollout", "step")}
@@ -279,7 +291,7 @@ def measure(name: str, work: Workload, setting: Setting, repeats: int) -> dict[s
 
 
 HEADER = (
-    f"{'size':6} {'setting':20} {'side':16} {'step, s':>20} {'rollout':>8} {'score':>8} {'update':>8} "
+    f"{'size':6} {'setting':20} {'side':16} {'step, s':>20} {'wall':>7} {'rollout':>8} {'score':>8} {'update':>8} "
     f"{'tokens/s':>9} {'MiB':>6} {'peak':>5}  {'ratio (of minima)':>17}"
 )
 
@@ -294,7 +306,7 @@ def table(row: dict[str, Any]) -> str:
         share = f"{s['share_of_peak']:5.0%}" if "share_of_peak" in s else "    -"
         ratio = f"{row['ratio']['step']['median']:.2f} ({row['ratio']['step']['min']:.2f})" if side == "library" else ""
         lines.append(
-            f"{row['size']:6} {row['name']:20} {side:16} {step:>20} {phases} "
+            f"{row['size']:6} {row['name']:20} {side:16} {step:>20} {s['wall']['median']:7.2f} {phases} "
             f"{s['tokens_per_second']['step']:9.0f} {s['peak_MiB']:6.0f} {share}  {ratio:>17}"
         )
     return "\n".join(lines)
@@ -306,8 +318,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each side (default: 7)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some rows (default: all)")
     parser.add_argument("--quick", action="store_true", help="only the first row, two repeats")
+    for name in OF_THE_WORKLOAD:
+        parser.add_argument(f"--{name}", type=int, help=f"of every row (default: {getattr(Workload(), name)})")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     arguments = parser.parse_args()
+    chosen = {name: n for name in OF_THE_WORKLOAD if (n := getattr(arguments, name)) is not None}
     names, repeats = (arguments.rows[:1], 2) if arguments.quick else (arguments.rows, arguments.repeats)
     machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +331,7 @@ def main() -> None:
     for size in arguments.sizes:
         for name in names:
             work, setting = ROWS[name]
-            rows.append(measure(name, replace(work, size=size), setting, repeats))
+            rows.append(measure(name, replace(work, size=size, **chosen), setting, repeats))
             print(table(rows[-1]), flush=True)
             result = {**machine, "torch": torch.__version__, "rows": rows}
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
