@@ -13,11 +13,13 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,12 @@ def over_arms(
     found = {job: json.loads(x[2].read_text()) for job, x in jobs.items() if x[2] is not None and x[2].exists()}
     if missing := {job: arguments for job, arguments in jobs.items() if job not in found}:
         with ProcessPoolExecutor(processes, get_context("spawn"), _start) as pool:
-            # every worker writes what it has finished, so that nothing is lost if another job fails
             waiting = {job: pool.submit(_timed, study, *arguments) for job, arguments in missing.items()}
-            found |= {job: future.result() for job, future in waiting.items()}
+            try:
+                found |= {job: future.result() for job, future in waiting.items()}
+            except BaseException:  # a job failed, or the kernel was interrupted: what runs is finished and kept
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return {name: [found[name, seed] for seed in seeds] for name in arms}
 
 
@@ -99,6 +104,13 @@ def _start() -> None:
     """One thread, so that the numbers do not depend on the machine's cores; no chatter among the outputs."""
     torch.set_num_threads(1)
     quiet()
+    threading.Thread(target=_end_with, args=[parent_process()], daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A kernel that is killed, as by Ctrl-C in the runner, leaves no workers that go on for minutes."""
+    parent.join()
+    os._exit(1)
 
 
 def _timed(study: Callable[..., dict], seed: int, settings: dict, path: Path | None) -> dict:

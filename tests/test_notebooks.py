@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -259,6 +262,9 @@ class Inline:
             future.set_exception(error)
         return future
 
+    def shutdown(self, **options):
+        pass
+
 
 def test_over_seeds_keeps_what_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "ProcessPoolExecutor", Inline)
@@ -301,6 +307,42 @@ def test_over_seeds_in_processes_of_one_thread(tmp_path):
 
 def threads(seed: int) -> dict:
     return {"threads": torch.get_num_threads(), "process": os.getpid()}
+
+
+def test_a_failure_ends_the_others(tmp_path):
+    with pytest.raises(RuntimeError, match="thirteen"):
+        over_seeds(slow, [13, *range(100, 160)], processes=1, cache=tmp_path)
+    assert len(list(tmp_path.rglob("seed_*.json"))) < 10  # those under way; all would take a minute
+
+
+def slow(seed: int) -> dict:
+    time.sleep(1)
+    return study(seed, log=os.devnull)
+
+
+def test_workers_end_with_their_kernel(tmp_path):
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time\n"
+        "def study(seed):\n"
+        "    pathlib.Path('pid.part').write_text(str(os.getpid()))\n"
+        "    pathlib.Path('pid.part').rename('pid')\n"
+        "    time.sleep(600)\n"
+    )
+    call = "import endless; from espo_lightning.notebooks import over_seeds; over_seeds(endless.study, [0], cache=None)"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    kernel = subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
+    wait_until((tmp_path / "pid").exists)
+    kernel.kill()
+    kernel.wait()
+    worker = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    wait_until(lambda: not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, condition
+        time.sleep(0.1)
 
 
 def good(**changes) -> dict:
