@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -104,6 +105,7 @@ def _start() -> None:
     """One thread, so that the numbers do not depend on the machine's cores; no chatter among the outputs."""
     torch.set_num_threads(1)
     quiet()
+    warnings.filterwarnings("ignore", "rollout .* the gradient is NaN")  # a study counts the runs that diverge
     threading.Thread(target=_end_with, args=[parent_process()], daemon=True).start()
 
 

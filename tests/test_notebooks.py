@@ -34,19 +34,6 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 REDUCED = yaml.safe_load((FOLDER / "reduced.yaml").read_text())
-NOT_YET_EXECUTED = {
-    "04_training_ablations",
-}
-executed = pytest.mark.parametrize(  # strict: a notebook that has been executed must leave the list
-    "path",
-    [
-        pytest.param(p, marks=pytest.mark.xfail(strict=True, reason="no full-scale run yet"))
-        if p.stem in NOT_YET_EXECUTED
-        else p
-        for p in NOTEBOOKS
-    ],
-    ids=lambda p: p.stem,
-)
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 # ---- committed notebooks ---------------------------------------------------------------------------------
@@ -60,7 +47,7 @@ def texts(output) -> list[str]:
     return [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
 
 
-@executed
+@each
 def test_was_executed_in_order_and_without_errors(path):
     notebook = read(path)
     nbformat.validate(notebook)
@@ -95,7 +82,7 @@ def test_names_no_folder_of_a_machine(path):
         assert not re.search(r"(?<![\w.:/])/(?:[a-z]+/)+", text, re.IGNORECASE), text[:200]
 
 
-@executed
+@each
 def test_result_belongs_to_the_notebook(path):
     folder = FOLDER / "results" / path.stem
     result = json.loads((folder / "result.json").read_text())
