@@ -3,7 +3,7 @@
 From one small workload, one quantity at a time: group size, draws, updates, denoising steps, completion length,
 vocabulary; and draws once more where decoding dominates (256 steps, mu = 8). The library with its defaults against the
 straightforward version, in one process. Prints a table ("x": against the first value of the axis), writes JSON and a
-figure.
+figure. Rows that the JSON has already are not measured again.
 """
 
 import argparse
@@ -41,6 +41,16 @@ def measure(work: Workload, setting: Setting, repeats: int) -> dict:
     return row
 
 
+def table(row: dict, first: dict) -> str:
+    """A line; ``first`` is the row of the axis' first value."""
+    seconds = [row[side]["step"]["median"] for side in SIDES]
+    shown = [f"{s:10.2f} s ({s / first[side]['step']['median']:5.2f} x)" for s, side in zip(seconds, SIDES)]
+    return (
+        f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown[0]} {shown[1]} {seconds[1] / seconds[0]:5.2f} "
+        f"{row['straightforward']['peak_MiB']:6.0f} {row['library']['peak_MiB']:6.0f}"
+    )
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """One panel per axis, both sides, seconds per step."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
@@ -65,27 +75,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "growth.json")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
-    print(f"{'axis':18} {'value':>7} {'option':12} {'straightforward':>23} {'library':>23} ratio   MiB")
+    rows: list[dict] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    print(f"{'axis':18} {'value':>7} {'option':12} {'straightforward':>22} {'library':>22} ratio   MiB")
     for axis in arguments.axes:
         for work in AXES[axis]:
             for option, setting in OPTIONS.items():
                 if option and axis != "draws, 256 steps":
                     continue
-                row = {"axis": axis, "value": getattr(work, axis.partition(",")[0]), "option": option, **asdict(work)}
-                rows.append(row | measure(work, setting, arguments.repeats))
+                case = {"axis": axis, "value": getattr(work, axis.partition(",")[0]), "option": option, **asdict(work)}
+                row = next((r for r in rows if case.items() <= r.items()), None)
+                if row is None:
+                    row = case | measure(work, setting, arguments.repeats)
+                    rows.append(row)
+                    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
                 first = next(r for r in rows if (r["axis"], r["option"]) == (axis, option))
-                plain, library = (rows[-1][side]["step"]["median"] for side in SIDES)
-                shown = [
-                    f"{seconds:10.2f} s ({seconds / first[side]['step']['median']:5.2f} x)"
-                    for side, seconds in zip(SIDES, (plain, library))
-                ]
-                print(
-                    f"{axis:18} {row['value']:7} {option:12} {shown[0]:>23} {shown[1]:>23} {library / plain:5.2f} "
-                    f"{rows[-1]['straightforward']['peak_MiB']:6.0f} {rows[-1]['library']['peak_MiB']:6.0f}",
-                    flush=True,
-                )
-                arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+                print(table(row, first), flush=True)
     draw(rows, arguments.output.with_suffix(".png"))
     print(f"written to {arguments.output}")
 

@@ -144,8 +144,8 @@ def generate(
         masked = canvas == mask_id
         masked[:, prompts.shape[1] + (current + 1) * block :] = False
         logits = model(canvas, use_cache=False).logits.float()
+        logits[:, :, mask_id] = float("-inf")  # neither a token nor part of a confidence
         probabilities = logits.softmax(-1)
-        logits[:, :, mask_id] = float("-inf")
         if temperature:
             uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
             logits = logits.double() / temperature - torch.log(-torch.log(uniform))
