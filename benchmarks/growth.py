@@ -52,18 +52,25 @@ def table(row: dict, first: dict) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """One panel per axis, both sides, seconds per step."""
+    """One panel per axis, both sides, seconds per step; median and range of the repeats."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, panels = plt.subplots(1, len(axes), figsize=(2.6 * len(axes), 2.6), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes, panels[0]):
+    figure, panels = plt.subplots(2, -(-len(axes) // 2), figsize=(8, 4.6), layout="constrained", sharey=True)
+    for axis, panel in zip(axes, panels.flat):
         chosen = [row for row in rows if row["axis"] == axis and not row["option"]]
-        for side, colour in (("straightforward", "#777777"), ("library", "#0072B2")):
-            values = [row[side]["step"]["median"] for row in chosen]
-            panel.plot([row["value"] for row in chosen], values, "o-", color=colour, label=side)
+        values = [row["value"] for row in chosen]
+        for side, colour in zip(SIDES, ("#777777", "#0072B2")):
+            low, middle, high = ([row[side]["step"][key] for row in chosen] for key in ("min", "median", "max"))
+            panel.plot(values, middle, "o-", ms=4, color=colour, label=side)
+            panel.fill_between(values, low, high, color=colour, alpha=0.2, lw=0)
         panel.set(title=axis, xscale="log", yscale="log")
         panel.minorticks_off()
-        panel.set_xticks([row["value"] for row in chosen], [f"{row['value']:,}" for row in chosen], fontsize=7)
-    panels[0, 0].set_ylabel("CPU seconds per step")
+        panel.set_xticks(values, [str(v) if v < 1000 else f"{v // 1000}k" for v in values], fontsize=7)
+        panel.set_yticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(axes) :]:
+        panel.remove()
+    for panel in panels[:, 0]:
+        panel.set_ylabel("CPU seconds per step")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
