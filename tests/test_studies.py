@@ -21,11 +21,11 @@ from espo_lightning.exact import (
 from espo_lightning.flops import LLADA_8B, decoding_passes, forward
 from espo_lightning.gradients import EdgeGradients, cosine, mask_completions
 from espo_lightning.masking import fold_in
-from espo_lightning.studies import training
+from espo_lightning.studies import states, training
 from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
 from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
 from espo_lightning.studies.compute import paper_costs, step_costs
-from espo_lightning.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe
+from espo_lightning.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe, rare_mode
 from espo_lightning.studies.kl import value_moments
 from espo_lightning.studies.noise import Point, noise
 from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
@@ -346,7 +346,7 @@ def test_a_training_run(monkeypatch, policy):
     def diverge(*_):
         raise Diverged(Snapshots([]))
 
-    monkeypatch.setattr(training, "train", diverge)
+    monkeypatch.setattr(states, "train", diverge)
     run = training.training_run(0, rollouts=2, points=1, **settings)
     assert run["diverged"] is True
     assert run["curve"] == [first]
@@ -401,6 +401,18 @@ def test_a_jump_starts_every_reward_from_the_same_base():
     assert cell["probes"][1] != cell["probes"][0]
     assert len(cell["reward"]) == len(curriculum["cell"]) == len(cell["idle"]) == 1
     assert curriculum["exact"] == curriculum["reward"]  # all or nothing
+
+
+def test_arms_start_from_the_same_rare_base():
+    arms = {"token": {"ratio": "token"}, "sequence": {}, "huge": {"lr": 1e30, "updates": 12}}
+    settings = {"lessons": 1, "rollouts": 3, "every": 2, "puzzles": 1, "problems": 4}
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        result = rare_mode(0, arms=arms, right=0.05, **settings)["arms"]
+    assert result["token"]["curve"][0] == result["sequence"]["curve"][0] == result["huge"]["curve"][0]
+    assert [p["rollout"] for p in result["sequence"]["curve"]] == [0, 2, 3]
+    assert result["token"]["curve"][-1] != result["sequence"]["curve"][-1]
+    assert len(result["token"]["reward"]) == len(result["token"]["idle"]) == 3
+    assert [arm["diverged"] for arm in result.values()] == [False, False, True]
 
 
 def test_growth_of_log_odds():

@@ -8,7 +8,7 @@ Training is the library's default run, on puzzles with 8 empty cells.
 from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
 from espo_lightning.studies.causal import causal_ratios
 from espo_lightning.studies.compute import paper_costs, step_costs
-from espo_lightning.studies.jump import covered, growth, jump
+from espo_lightning.studies.jump import covered, growth, jump, rare_mode
 from espo_lightning.studies.kl import kl_estimators, kl_training
 from espo_lightning.studies.noise import noise, points
 from espo_lightning.studies.ratios import ratios
@@ -18,6 +18,6 @@ from espo_lightning.studies.training import final_reward, training_run
 
 __all__ = [
     "Arm", "broken_line", "causal_ratios", "covered", "equal_rollouts", "expected_flops", "final_reward", "first_above",
-    "growth", "jump", "kl_estimators", "kl_training", "noise", "paper_costs", "points", "rank_correlation", "ratios",
-    "step_costs", "tightness", "training_run",
+    "growth", "jump", "kl_estimators", "kl_training", "noise", "paper_costs", "points", "rank_correlation", "rare_mode",
+    "ratios", "step_costs", "tightness", "training_run",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What training runs of notebooks 04 and 05 differ in, and what they cost."""
+"""What training runs of notebooks 04, 05 and 08 differ in, and what they cost."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,6 +8,7 @@ from espo_lightning.cost import expected_work, read_network
 from espo_lightning.flops import decoding_passes, flops
 from espo_lightning.likelihood import ELBO, Likelihood, MeanField
 from espo_lightning.module import ESPOModule
+from espo_lightning.policy import Policy
 from espo_lightning.sampler import Decoding
 from espo_lightning.studies.kl import KLS
 from espo_lightning.studies.ratios import RATIOS
@@ -47,12 +48,14 @@ class Arm:
         if self.likelihood not in ("ELBO", "mean field"):
             raise ValueError(f'likelihood must be "ELBO" or "mean field", got {self.likelihood!r}')
 
-    def module(self, seed: int, kind: type[ESPOModule] = ESPOModule, **changes) -> ESPOModule:
-        """A new module that trains the bundled Sudoku policy."""
+    def module(
+        self, seed: int, kind: type[ESPOModule] = ESPOModule, policy: Policy | None = None, **changes
+    ) -> ESPOModule:
+        """A new module that trains ``policy``; None = the bundled Sudoku policy."""
         elbo = ELBO(draws=self.draws, coupled=self.coupled)
         likelihood: Likelihood = MeanField() if self.likelihood == "mean field" else elbo
         return new_module(
-            load_policy(SUDOKU),
+            load_policy(SUDOKU) if policy is None else policy,
             seed,
             kind,
             lr=self.lr,

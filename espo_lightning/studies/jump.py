@@ -1,5 +1,6 @@
-"""Notebook 06: RL from bases that are rarely right, and how their rewards rise."""
+"""Notebooks 06 and 08: RL from bases that are rarely right, and how their rewards rise."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,8 @@ from espo_lightning.checkpoint import load_policy
 from espo_lightning.exact import random_order_log_likelihood, subset_log_probs
 from espo_lightning.policy import Policy
 from espo_lightning.sft import encode_answers
-from espo_lightning.studies.arms import PROMPTS
-from espo_lightning.studies.states import SUDOKU, empty_cells, held_out, new_module, teach, train
+from espo_lightning.studies.arms import PROMPTS, Arm
+from espo_lightning.studies.states import SUDOKU, empty_cells, held_out, new_module, teach, train, train_or_diverge
 from espo_lightning.studies.statistics import broken_line, first_above
 from espo_lightning.tasks import Problem, Sudoku, Task
 
@@ -67,14 +68,11 @@ def jump(
         "all or nothing": Sudoku(reward="exact"),
         "curriculum": Curriculum(tuple(levels), per_level * PROMPTS),
     }
-    base = load_policy(SUDOKU)
-    teach(base, Sudoku(right=right), seed, lessons, LESSON_RATE)
-    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    base = rarely_right(seed, right, lessons)
     probed = contested_problems(seed + 2000, puzzles)
     arms = {}
     for reward in rewards:
-        policy = load_policy(SUDOKU)
-        policy.load_state_dict(weights)
+        policy = deepcopy(base)
         snapshots = train(
             new_module(policy, seed, beta=0.0),
             tasks[reward],
@@ -89,6 +87,52 @@ def jump(
             "held_out": held_out(policy, Sudoku(), problems),
         }
     return {"base": held_out(base, Sudoku(), problems), "arms": arms}
+
+
+def rare_mode(
+    seed: int,
+    *,
+    arms: dict[str, dict],
+    right: float,
+    lessons: int,
+    rollouts: int,
+    every: int,
+    puzzles: int,
+    problems: int,
+) -> dict:
+    """RL on cell reward with every `Arm` from one base that gives right answers with a small probability.
+
+    Args:
+        arms: name -> settings of an `Arm`.
+        right, lessons, rollouts, every, puzzles, problems: as in `jump`; held-out accuracy is measured at every probe.
+
+    Returns:
+        "arms": name -> "curve": measurements with their "rollout"; "reward" and "idle" of every rollout; "diverged",
+        whether the run ended early, as in `training_run`.
+    """
+    base = rarely_right(seed, right, lessons)
+    probed = contested_problems(seed + 2000, puzzles)
+    results = {}
+    for name, settings in arms.items():
+        module = Arm(**settings).module(seed, policy=deepcopy(base))
+        at = {*range(0, rollouts, every), rollouts}
+        snapshots, diverged = train_or_diverge(module, Sudoku(), seed, rollouts, at, PROMPTS)
+        results[name] = {
+            "curve": [
+                {"rollout": at, **probe(policy, probed), **held_out(policy, Sudoku(), problems)}
+                for at, policy in sorted(snapshots.policies.items())
+            ],
+            **{key: [round(x, 4) for x in snapshots.means(key)] for key in ("reward", "idle")},
+            "diverged": diverged,
+        }
+    return {"arms": results}
+
+
+def rarely_right(seed: int, right: float, lessons: int) -> Policy:
+    """The bundled policy after lessons of which the share ``right`` is right and the rest its habit."""
+    policy = load_policy(SUDOKU)
+    teach(policy, Sudoku(right=right), seed, lessons, LESSON_RATE)
+    return policy
 
 
 def contested_problems(seed: int, count: int) -> list[Problem]:

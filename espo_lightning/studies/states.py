@@ -88,6 +88,16 @@ def train(
     return snapshots
 
 
+def train_or_diverge(
+    module: ESPOModule, task: Task, seed: int, rollouts: int, at: Sequence[int], batch: int = 16
+) -> tuple[Snapshots, bool]:
+    """`train`; if it diverges, its snapshots until then. Returns them and whether it did."""
+    try:
+        return train(module, task, seed, rollouts, at, batch), False
+    except Diverged as error:
+        return error.snapshots, True
+
+
 def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128) -> None:
     """More supervised lessons of a task for a policy, as `sft` gives them."""
     module = SFTModule(policy, optimizer=partial(torch.optim.AdamW, lr=lr), likelihood=LESSONS, seed=seed)

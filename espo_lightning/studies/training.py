@@ -12,11 +12,10 @@ from espo_lightning.sampler import Decoding
 from espo_lightning.studies.arms import PROMPTS, Arm
 from espo_lightning.studies.states import (
     SUDOKU,
-    Diverged,
     State,
     contested_states,
     held_out,
-    train,
+    train_or_diverge,
     true_measures,
 )
 from espo_lightning.tasks import Sudoku
@@ -42,11 +41,7 @@ def training_run(
         "diverged": whether the run ended early because gradients were not finite; its curve is then shorter.
     """
     at = {round(rollouts * i / points) for i in range(points + 1)}
-    diverged = False
-    try:
-        snapshots = train(Arm(**arm).module(seed), TASK, seed, rollouts, at, PROMPTS)
-    except Diverged as error:
-        snapshots, diverged = error.snapshots, True
+    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, at, PROMPTS)
     trained = {rollout: policy for rollout, policy in sorted(snapshots.policies.items()) if rollout}
     curve = [{"rollout": 0, **measures_of_the_base(seed, states, free, problems)}]
     for rollout, policy in trained.items():
