@@ -82,6 +82,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "legend.handlelength": 3.0,  # so that dashes show beside a marker
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
