@@ -119,8 +119,8 @@ def rare_mode(
         snapshots, diverged = train_or_diverge(module, Sudoku(), seed, rollouts, at, PROMPTS)
         results[name] = {
             "curve": [
-                {"rollout": at, **probe(policy, probed), **held_out(policy, Sudoku(), problems)}
-                for at, policy in sorted(snapshots.policies.items())
+                {"rollout": rollout, **probe(policy, probed), **held_out(policy, Sudoku(), problems)}
+                for rollout, policy in sorted(snapshots.policies.items())
             ],
             **{key: [round(x, 4) for x in snapshots.means(key)] for key in ("reward", "idle")},
             "diverged": diverged,

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Snapshots(Callback):
     "idle" among these is the share of groups whose completions all have the same reward: no policy gradient.
     """
 
-    def __init__(self, at: Sequence[int]):
+    def __init__(self, at: Iterable[int]):
         self.at, self.policies, self.verdicts = set(at), {}, []
 
     def on_fit_start(self, trainer: Trainer, module: ESPOModule) -> None:
@@ -72,7 +72,7 @@ class Diverged(FloatingPointError):
 
 
 def train(
-    module: ESPOModule, task: Task, seed: int, rollouts: int, at: Sequence[int] = (), batch: int = 16
+    module: ESPOModule, task: Task, seed: int, rollouts: int, at: Iterable[int] = (), batch: int = 16
 ) -> Snapshots:
     """RL as `fit` does it, without a run folder.
 
@@ -89,7 +89,7 @@ def train(
 
 
 def train_or_diverge(
-    module: ESPOModule, task: Task, seed: int, rollouts: int, at: Sequence[int], batch: int = 16
+    module: ESPOModule, task: Task, seed: int, rollouts: int, at: Iterable[int], batch: int = 16
 ) -> tuple[Snapshots, bool]:
     """`train`; if it diverges, its snapshots until then. Returns them and whether it did."""
     try:
