@@ -18,8 +18,8 @@ import torch
 from measure import random_policy, summary, user_seconds
 
 from espo_lightning import Countdown, Decoding, Policy, Prompts, Sudoku, generate, load_policy
-from espo_lightning.masking import fold_in
-from espo_lightning.verdicts import judge
+from espo_lightning.keys import fold_in
+from espo_lightning.tasks.judge import judge
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 SUDOKU, COUNTDOWN = Decoding(16, 4, 16, temperature=0.0), Decoding(12, 4, 12, temperature=0.0)

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from espo_lightning import Policy
-from espo_lightning.scratch import character_tokenizer
+from espo_lightning.policies.tiny import character_tokenizer
 
 
 def user_seconds() -> float:

@@ -21,8 +21,8 @@ from measure import in_fresh_process, user_seconds
 from straightforward import Straightforward
 
 from espo_lightning import Decoding, ESPOModule, Policy, PromptDataModule, Sudoku, generate, load_policy
-from espo_lightning.masking import fold_in
-from espo_lightning.verdicts import judge
+from espo_lightning.keys import fold_in
+from espo_lightning.tasks.judge import judge
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 TARGET, PROBLEMS = 0.5, 256  # exact-grid accuracy, held-out puzzles

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from espo_lightning.tasks.sandbox import BACKENDS, Sandbox, probe
+from espo_lightning.tasks.sandbox.run import BACKENDS, Sandbox, probe
 
 
 def measure(backend: str, programs: int) -> dict[str, float]:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from measure import user_seconds
 from torch import Tensor, nn
 
-from espo_lightning import Decoding, Masks, Policy, Prompts, espo_loss, sampler
-from espo_lightning.likelihood import ELBO, score
+from espo_lightning import Decoding, Masks, Policy, Prompts, espo_loss
+from espo_lightning.decoding import masked as sampler
+from espo_lightning.scoring.likelihood import ELBO, score
 
 
 def terms(model: nn.Module, mask_id: int, prompts: Tensor, completion: Tensor, masks: Masks) -> Tensor:

@@ -1,10 +1,11 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
-from espo_lightning.autoregressive import AutoregressiveDecoding
-from espo_lightning.checkpoint import LoRA, load_policy
-from espo_lightning.data import PromptDataModule
-from espo_lightning.likelihood import ELBO, Autoregressive, Likelihood, MeanField, QuadratureELBO, TimeELBO, score
-from espo_lightning.loss import (
+from espo_lightning.decoding.causal import AutoregressiveDecoding
+from espo_lightning.decoding.decoder import Decoder
+from espo_lightning.decoding.masked import Decoding, generate
+from espo_lightning.decoding.orders import entropy_order, low_confidence, margin_order, random_order
+from espo_lightning.decoding.schedules import Step, dream_schedule, even_schedule, origin_schedule
+from espo_lightning.objectives.loss import (
     espo_loss,
     k1,
     k1_score,
@@ -17,26 +18,25 @@ from espo_lightning.loss import (
     standardised,
     token_ratio,
 )
-from espo_lightning.masking import Masks
-from espo_lightning.module import ESPOModule, Rollout
-from espo_lightning.policy import Policy, Prompts
-from espo_lightning.sampler import (
-    Decoder,
-    Decoding,
-    Step,
-    dream_schedule,
-    entropy_order,
-    even_schedule,
-    generate,
-    low_confidence,
-    margin_order,
-    origin_schedule,
-    random_order,
+from espo_lightning.policies.load import load_policy
+from espo_lightning.policies.lora import LoRA
+from espo_lightning.policies.policy import Policy, Prompts
+from espo_lightning.policies.tiny import new_policy
+from espo_lightning.scoring.likelihood import (
+    ELBO,
+    Autoregressive,
+    Likelihood,
+    MeanField,
+    QuadratureELBO,
+    TimeELBO,
+    score,
 )
-from espo_lightning.scratch import new_policy
-from espo_lightning.strategies import FSDP, FSDP2
+from espo_lightning.scoring.masks import Masks
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
-from espo_lightning.zero import DeepSpeed
+from espo_lightning.training.data import PromptDataModule
+from espo_lightning.training.module import ESPOModule, Rollout
+from espo_lightning.training.strategies import FSDP, FSDP2
+from espo_lightning.training.zero import DeepSpeed
 
 __all__ = [
     "ELBO",

@@ -6,35 +6,26 @@ same either way, as batches are the same: only "seconds" differs.
 """
 
 import os
-import pickle
 import sys
 import time
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from tqdm import tqdm
 
-from espo_lightning.cli import run
-from espo_lightning.masking import fold_in
-from espo_lightning.policy import Policy, fingerprint
-from espo_lightning.protocols import protocol as protocol_named
-from espo_lightning.sampler import Decoder, Decoding
-from espo_lightning.shards import Shards
-from espo_lightning.strategies import weights_in
-from espo_lightning.tasks.base import Problem, Task, Verdict
-from espo_lightning.verdicts import judge_all, per_problem, summarise
+from espo_lightning.decoding.decoder import Decoder
+from espo_lightning.decoding.masked import Decoding
+from espo_lightning.decoding.published import protocol as protocol_named
+from espo_lightning.keys import fold_in
+from espo_lightning.lab.evaluation import as_json, load_weights, solve
+from espo_lightning.lab.evaluation_parts import Shards
+from espo_lightning.policies.policy import Policy, fingerprint
+from espo_lightning.tasks.base import Task
+from espo_lightning.tasks.statistics import per_problem, summarise
+from espo_lightning.training.command_line import run
 
 GREEDY = Decoding(temperature=0.0)
-
-
-def solve(policy: Policy, problems: list[Problem], keys: Tensor, decoding: Decoder) -> tuple[list[str], list[Verdict]]:
-    """Decode one completion per problem with keys [B], and judge it: texts and verdicts."""
-    texts = policy.decode(decoding.generate(policy, policy.encode([p.prompt for p in problems]), keys))
-    return texts, judge_all(problems, texts)
 
 
 def evaluate(
@@ -145,42 +136,6 @@ def evaluate(
     }
     shards.finish(result)
     return result
-
-
-def as_json(decoding: Decoding) -> dict:
-    """The settings as plain data, functions by their import path."""
-    values = {field.name: getattr(decoding, field.name) for field in fields(decoding)}
-    return {k: f"{v.__module__}.{v.__qualname__}" if callable(v) else v for k, v in values.items()}
-
-
-def load_weights(policy: Policy, checkpoint: str) -> None:
-    """Put the weights of a Lightning checkpoint of `ESPOModule` or `SFTModule` into a policy of the same architecture.
-
-    Raises:
-        ValueError: it is no such checkpoint, one of another architecture, or of adapters for another base.
-    """
-    path = Path(checkpoint)
-    frozen = {f"policy.{n}": p for n, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    weights = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
-    weights = {name: weight for name, weight in weights.items() if name not in frozen}
-    try:
-        if path.is_dir():
-            content = torch.load(path / "meta.pt", weights_only=True)
-            part, names = weights_in(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            names = content["state_dict"]
-        if wrong := weights.keys() ^ {name for name in names if name.startswith("policy.")}:
-            raise ValueError(f"{len(wrong)} weights are in only one of them, such as {min(wrong)}")
-        if frozen and content["base"] != fingerprint(frozen.values()):
-            raise ValueError("its adapters are for another base")
-        if path.is_dir():
-            dcp.load({part: weights}, checkpoint_id=path, no_dist=True)  # in place
-        else:
-            weights = {name: content["state_dict"][name] for name in weights}
-        policy.load_state_dict({name.removeprefix("policy."): weight for name, weight in weights.items()}, strict=False)
-    except (pickle.UnpicklingError, KeyError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint} does not fit the policy: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

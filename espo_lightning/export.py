@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from espo_lightning.checkpoint import load_policy
-from espo_lightning.cli import run
-from espo_lightning.formats import llada_config, llada_names, was_llada
+from espo_lightning.policies.formats import llada_config, llada_names, was_llada
+from espo_lightning.policies.load import load_policy
+from espo_lightning.training.command_line import run
 
 
 def export(policy: str, output: str, format: Literal["llada", "hf"] | None = None) -> Path:

@@ -1,6 +1,6 @@
 """``python -m espo_lightning.notebooks``: run the notebooks, one or all, at full or reduced scale.
 
-A notebook is thin: it calls a function of `espo_lightning.studies` for every seed, draws figures, and writes
+A notebook is thin: it calls a function of `espo_lightning.lab.studies` for every seed, draws figures, and writes
 ``results/<name>/result.json``. Its parameters stand in one cell; ``reduced.yaml`` beside the notebooks holds
 the small values that continuous integration uses.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 
-from espo_lightning.cli import quiet, run
+from espo_lightning.training.command_line import quiet, run
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on

@@ -11,9 +11,9 @@ from test_checkpoint import tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from espo_lightning import ELBO, Decoding, LoRA, generate, load_policy, new_policy, sft
-from espo_lightning.checkpoint import attends_forward
-from espo_lightning.masking import fold_in
-from espo_lightning.sft import SFTModule
+from espo_lightning.keys import fold_in
+from espo_lightning.policies.load import attends_forward
+from espo_lightning.training.supervised import SFTModule
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 

@@ -31,11 +31,11 @@ from espo_lightning import (
     standardised,
     token_ratio,
 )
-from espo_lightning.checkpoint import make_reference
-from espo_lightning.exact import enumerate_completions, exact_kl, exact_policy_gradient
-from espo_lightning.masking import fold_in, uniform
-from espo_lightning.sampler import sample_tokens
-from espo_lightning.sft import SFTModule
+from espo_lightning.decoding.proposals import sample_tokens
+from espo_lightning.keys import fold_in, uniform
+from espo_lightning.lab.exact import enumerate_completions, exact_kl, exact_policy_gradient
+from espo_lightning.policies.reference import make_reference
+from espo_lightning.training.supervised import SFTModule
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 

@@ -12,19 +12,14 @@ from checkpoints import EOS, GOLDEN, MASK, PAD, VOCABULARY, write, write_tokeniz
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from espo_lightning.checkpoint import (
-    AdapterOff,
-    FrozenReference,
-    LoRA,
-    attends_forward,
-    load_policy,
-    make_reference,
-    resolve,
-)
+from espo_lightning.decoding.masked import Decoding, generate
 from espo_lightning.export import export, main
-from espo_lightning.likelihood import ELBO, score
-from espo_lightning.policy import Prompts
-from espo_lightning.sampler import Decoding, generate
+from espo_lightning.policies.files import resolve
+from espo_lightning.policies.load import attends_forward, load_policy
+from espo_lightning.policies.lora import LoRA
+from espo_lightning.policies.policy import Prompts
+from espo_lightning.policies.reference import AdapterOff, FrozenReference, make_reference
+from espo_lightning.scoring.likelihood import ELBO, score
 
 MASKED = ["llada", "llada_gqa_sharded", "llada_tied", "dream", "llama_masked", "qwen3_masked"]
 CAUSAL = ["llama", "qwen2", "qwen3"]

@@ -13,8 +13,8 @@ import datasets
 import pytest
 from processes import command, descendants, resident, scheduled
 
-from espo_lightning.tasks import sandbox
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
+from espo_lightning.tasks.sandbox import run as sandbox
 
 DATA = Path(__file__).parent / "data"
 ISOLATED = any(not sandbox.probe(backend) for backend in sandbox.BACKENDS)

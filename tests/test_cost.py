@@ -24,10 +24,12 @@ from espo_lightning import (
     score,
 )
 from espo_lightning import cost as calculator
-from espo_lightning import flops as counting
-from espo_lightning.cost import Hardware, activation_bytes, collectives, cost, memory, read_network
-from espo_lightning.flops import DREAM_7B, LLADA_8B, decoding_passes, flops, scoring_passes, work
-from espo_lightning.studies.compute import ATTENTION, Measured
+from espo_lightning.cost import cost
+from espo_lightning.lab import flops as counting
+from espo_lightning.lab.costs import Hardware, activation_bytes, collectives, memory
+from espo_lightning.lab.flops import decoding_passes, flops, scoring_passes, work
+from espo_lightning.lab.network import DREAM_7B, LLADA_8B, read_network
+from espo_lightning.lab.studies.compute import ATTENTION, Measured
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -73,7 +75,7 @@ def test_flops_and_calls_are_those_of_a_real_step(checkpoints, monkeypatch, tmp_
     """Every phase, exactly: not an estimate within some per cent."""
     case = dict(CASES[name])
     if head_bytes := case.pop("head_bytes", None):
-        monkeypatch.setattr("espo_lightning.policy.HEAD_BYTES", head_bytes)
+        monkeypatch.setattr("espo_lightning.policies.prefix.HEAD_BYTES", head_bytes)
         monkeypatch.setattr(counting, "HEAD_BYTES", head_bytes)
     kind, lora, checkpointing = (
         case.pop("kind", "llada"),

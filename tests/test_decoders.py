@@ -26,8 +26,8 @@ from espo_lightning import (
     origin_schedule,
     random_order,
 )
-from espo_lightning.exact import TabularPolicy
-from espo_lightning.sampler import end
+from espo_lightning.decoding.masked import end
+from espo_lightning.lab.tabular import TabularPolicy
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["LLaDA's heads", "Dream's heads"])
@@ -549,10 +549,10 @@ def padded(rows: int, width: int = 6) -> Prompts:
 
 
 def with_lora(policy: Policy) -> Policy:
-    from espo_lightning.checkpoint import _add_adapter
+    from espo_lightning.policies.lora import add_adapter
 
     base = peaky_policy(3)
-    model = _add_adapter(base.model, LoRA(rank=4))
+    model = add_adapter(base.model, LoRA(rank=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -608,7 +608,7 @@ def test_later_passes_compute_only_what_follows_the_prefix(policy):
 
 def test_gradient_checkpointing_does_not_drop_the_cache():
     """transformers' checkpointed layers ignore a cache in train mode, the only mode in which they checkpoint."""
-    from espo_lightning.checkpoint import _checkpoint_layers
+    from espo_lightning.policies.load import _checkpoint_layers
 
     policy, prompts, keys = peaky_policy(3), some_prompts(4), keys_of(13, 4)
     expected = generate(policy, prompts, keys, CACHED[0])

@@ -14,9 +14,9 @@ from test_distributed import TINY, assert_same, refused, start, weights
 from two_processes import ENVIRONMENT, RESUMED, ROUNDED, RUNS, ZERO
 
 from espo_lightning import fit
-from espo_lightning.evaluate import load_weights
-from espo_lightning.strategies import check, named
-from espo_lightning.zero import DEEPSPEED, DeepSpeed
+from espo_lightning.lab.evaluation import load_weights
+from espo_lightning.training.strategies import check, named
+from espo_lightning.training.zero import DEEPSPEED, DeepSpeed
 
 installed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason=f"deepspeed is not installed; `make deepspeed` does that: {DEEPSPEED}"

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from two_processes import ENVIRONMENT, RESUMED, ROUNDED, RUNS, SHARDED, STRATEGIES
 
 from espo_lightning import fit, load_policy, new_policy
-from espo_lightning.evaluate import load_weights
-from espo_lightning.strategies import FSDP, FSDP2, check, check_resume, named, weights_in
+from espo_lightning.lab.evaluation import load_weights
+from espo_lightning.training.strategies import FSDP, FSDP2, check, check_resume, named, weights_in
 
 
 @pytest.fixture(scope="module")

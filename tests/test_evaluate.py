@@ -12,9 +12,9 @@ import pytest
 from conftest import Letters, small_policy
 
 from espo_lightning import Decoding, Problem, Task, evaluate
+from espo_lightning.decoding.published import PROTOCOLS
 from espo_lightning.evaluate import fingerprint
-from espo_lightning.protocols import PROTOCOLS
-from espo_lightning.shards import Shards
+from espo_lightning.lab.evaluation_parts import Shards
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -84,7 +84,7 @@ def lines(path) -> int:
 
 def test_the_result_says_what_was_measured(whole):
     assert (whole["n"], len(whole["samples"]), whole["decoding"]["steps"]) == (11, 11, 4)
-    assert whole["decoding"]["order"] == "espo_lightning.sampler.low_confidence"
+    assert whole["decoding"]["order"] == "espo_lightning.decoding.orders.low_confidence"
     assert whole["reward"] == pytest.approx(sum(s["verdict"]["reward"] for s in whole["samples"]) / 11)
     assert [s["problem"] for s in whole["samples"]] == list(range(11))
     assert whole["policy"] == fingerprint(small_policy().parameters()) != fingerprint(small_policy(seed=1).parameters())

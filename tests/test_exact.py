@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
-from espo_lightning.exact import (
-    TabularPolicy,
+from espo_lightning.decoding.masked import Decoding, generate
+from espo_lightning.decoding.orders import random_order
+from espo_lightning.keys import fold_in
+from espo_lightning.lab.exact import (
     completion_law,
     enumerate_completions,
     exact_elbo,
@@ -20,9 +22,9 @@ from espo_lightning.exact import (
     score_moments,
     subset_log_probs,
 )
-from espo_lightning.masking import fold_in, quadrature_masks
-from espo_lightning.policy import Prompts
-from espo_lightning.sampler import Decoding, generate, random_order
+from espo_lightning.lab.tabular import TabularPolicy
+from espo_lightning.policies.policy import Prompts
+from espo_lightning.scoring.masks import quadrature_masks
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 
@@ -285,7 +287,7 @@ def test_quadrature_moments_against_many_draws(nodes):
 def test_chunks_do_not_matter(monkeypatch):
     policy = TabularPolicy(3, 3, generator=rng(14))
     whole = completion_law(policy, PROMPT, 3, 3)
-    monkeypatch.setattr("espo_lightning.exact.CHUNK", 5)
+    monkeypatch.setattr("espo_lightning.lab.exact.CHUNK", 5)
     for a, b in zip(whole, completion_law(policy, PROMPT, 3, 3)):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from espo_lightning import ELBO, Decoding, MeanField, espo_loss, generate, k2, low_confidence, score, token_ratio
-from espo_lightning.exact import (
-    FreeCells,
-    TabularPolicy,
+from espo_lightning.keys import fold_in
+from espo_lightning.lab.exact import (
     all_symbols,
     completion_law,
     elbos,
@@ -19,9 +18,10 @@ from espo_lightning.exact import (
     log_likelihoods,
     low_confidence_log_likelihoods,
 )
-from espo_lightning.gradients import EdgeGradients, Estimator, completion_edges, estimator_moments, mask_completions
-from espo_lightning.masking import Masks, fold_in
-from espo_lightning.policy import Prompts
+from espo_lightning.lab.gradients import EdgeGradients, Estimator, completion_edges, estimator_moments, mask_completions
+from espo_lightning.lab.tabular import FreeCells, TabularPolicy
+from espo_lightning.policies.policy import Prompts
+from espo_lightning.scoring.masks import Masks
 from tests.conftest import small_policy
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)

@@ -12,24 +12,16 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from espo_lightning import policy as policy_module
-from espo_lightning.exact import TabularPolicy, exact_elbo, score_moments, subset_log_probs
-from espo_lightning.likelihood import ELBO, MeanField, QuadratureELBO, TimeELBO, score, token_log_probs
-from espo_lightning.loss import espo_loss, sequence_ratio, token_ratio
-from espo_lightning.masking import (
-    Masks,
-    bernoulli_masks,
-    count_masks,
-    fold_in,
-    full_mask,
-    quadrature_masks,
-    randint,
-    random_bits,
-    random_subset,
-    uniform,
-)
-from espo_lightning.policy import Policy, Prompts, apply_head
-from espo_lightning.scratch import new_policy
+from espo_lightning.keys import fold_in, randint, random_bits, random_subset, uniform
+from espo_lightning.lab.exact import exact_elbo, score_moments, subset_log_probs
+from espo_lightning.lab.tabular import TabularPolicy
+from espo_lightning.objectives.loss import espo_loss, sequence_ratio, token_ratio
+from espo_lightning.policies import prefix as prefix_module
+from espo_lightning.policies.policy import Policy, Prompts
+from espo_lightning.policies.prefix import apply_head
+from espo_lightning.policies.tiny import new_policy
+from espo_lightning.scoring.likelihood import ELBO, MeanField, QuadratureELBO, TimeELBO, score, token_log_probs
+from espo_lightning.scoring.masks import Masks, bernoulli_masks, count_masks, full_mask, quadrature_masks
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 COUNT_LAWS = [(False, 0), (True, 0), (False, 1)]  # coupled, smallest
@@ -585,7 +577,7 @@ def test_head_in_chunks_gives_the_same_values_and_gradients(monkeypatch, as_tupl
     whole = run()
     assert sizes == [10, 10]
     sizes.clear()
-    monkeypatch.setattr(policy_module, "HEAD_BYTES", 4 * 11 * rows)
+    monkeypatch.setattr(prefix_module, "HEAD_BYTES", 4 * 11 * rows)
     chunked = run()
     assert max(sizes) == rows
     assert sum(sizes) == 30  # once forward, once recomputed, once without gradients
@@ -598,8 +590,8 @@ def test_score_with_a_chunked_head(monkeypatch):
     policy, (prompts, completion) = tiny_llama(), batch()
     masks = ELBO(draws=2).draw(keys_of(27, 5), 6)
     results = []
-    for head_bytes in (policy_module.HEAD_BYTES, 4 * VOCABULARY * 7):
-        monkeypatch.setattr(policy_module, "HEAD_BYTES", head_bytes)
+    for head_bytes in (prefix_module.HEAD_BYTES, 4 * VOCABULARY * 7):
+        monkeypatch.setattr(prefix_module, "HEAD_BYTES", head_bytes)
         terms = score(policy, prompts, completion, masks)
         results.append((terms, *torch.autograd.grad(terms.sum(), list(policy.parameters()))))
     for whole, chunked in zip(*results):

@@ -11,7 +11,8 @@ import torch
 from conftest import small_policy
 
 from espo_lightning import ELBO, Decoding, MeanField, generate, score
-from espo_lightning.masking import Masks, fold_in
+from espo_lightning.keys import fold_in
+from espo_lightning.scoring.masks import Masks
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -34,12 +35,12 @@ def adapter():
         fakes["lm_eval.api.model"].LM = type("LM", (), {"__init__": lambda self: None})
         fakes["lm_eval.api.instance"].Instance = Request
         sys.modules |= fakes
-        from espo_lightning import lm_eval_adapter
+        from espo_lightning.lab import lm_eval_adapter
 
-        for name in [*names, "espo_lightning.lm_eval_adapter"]:
+        for name in [*names, "espo_lightning.lab.lm_eval_adapter"]:
             del sys.modules[name]
         return lm_eval_adapter
-    from espo_lightning import lm_eval_adapter
+    from espo_lightning.lab import lm_eval_adapter
 
     return lm_eval_adapter
 

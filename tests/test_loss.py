@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from espo_lightning.loss import (
+from espo_lightning.objectives.loss import (
     clip_range_of_nats,
     espo_loss,
     k1,

@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 from PIL import Image, ImageChops
 
 from espo_lightning import notebooks
+from espo_lightning.lab.plots import COLOURS, legend, line, panels, save
 from espo_lightning.notebooks import (
     SETTINGS,
     check_result,
@@ -28,7 +29,6 @@ from espo_lightning.notebooks import (
     over_seeds,
     save_result,
 )
-from espo_lightning.plots import COLOURS, legend, line, panels, save
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -128,8 +128,8 @@ def test_every_control_of_the_form_draws_a_picture():
     lines = [
         *(f"{key} = {value!r}" for key, value in values.items()),
         "from espo_lightning import ELBO, sequence_ratio",
-        "from espo_lightning.plots import BLUE, GREY, ORANGE, panels",
-        "from espo_lightning.studies import points",
+        "from espo_lightning.lab.plots import BLUE, GREY, ORANGE, panels",
+        "from espo_lightning.lab.studies import points",
     ]
     moves = """
 def choices(control):

@@ -23,9 +23,10 @@ from espo_lightning import (
     origin_schedule,
     random_order,
 )
-from espo_lightning.exact import TabularPolicy
-from espo_lightning.masking import fold_in, uniform
-from espo_lightning.sampler import perturb, sample_tokens, warp
+from espo_lightning.decoding.orders import perturb
+from espo_lightning.decoding.proposals import sample_tokens, warp
+from espo_lightning.keys import fold_in, uniform
+from espo_lightning.lab.tabular import TabularPolicy
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 BELOW_ONE = 1 - 2.0**-53  # the largest number that `uniform` returns

@@ -21,8 +21,8 @@ from processes import descendants
 from sandbox_attacks import ESCAPES, FAKES, SECRET
 
 from espo_lightning import evaluate, fit
-from espo_lightning.tasks import sandbox
-from espo_lightning.tasks.sandbox import Sandbox, SandboxUnavailable
+from espo_lightning.tasks.sandbox import run as sandbox
+from espo_lightning.tasks.sandbox.run import Sandbox, SandboxUnavailable
 
 AVAILABLE = [backend for backend in sandbox.BACKENDS if not sandbox.probe(backend)]
 
@@ -271,7 +271,7 @@ import types
 for name in ("espo_lightning", "espo_lightning.tasks"):  # without the package's own imports, which need torch
     module = sys.modules[name] = types.ModuleType(name)
     module.__path__ = [str(Path(sys.argv[1], *name.split(".")))]
-from espo_lightning.tasks.sandbox import Sandbox
+from espo_lightning.tasks.sandbox.run import Sandbox
 pool = Sandbox(1, backend=sys.argv[2])
 pool.run("print(1)")
 threading.Thread(target=pool.run, args=("while True: pass",), kwargs={"timeout": 60.0}).start()

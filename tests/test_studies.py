@@ -8,7 +8,8 @@ from conftest import parameters
 from torch.nn.utils import parameters_to_vector
 
 from espo_lightning import ELBO, Decoding, MeanField, QuadratureELBO, Sudoku, load_policy, score, sequence_ratio
-from espo_lightning.exact import (
+from espo_lightning.keys import fold_in
+from espo_lightning.lab.exact import (
     all_symbols,
     elbos,
     enumerate_completions,
@@ -18,18 +19,18 @@ from espo_lightning.exact import (
     low_confidence_log_likelihoods,
     subset_log_probs,
 )
-from espo_lightning.flops import LLADA_8B, decoding_passes, forward
-from espo_lightning.gradients import EdgeGradients, cosine, mask_completions
-from espo_lightning.masking import fold_in
-from espo_lightning.studies import states, training
-from espo_lightning.studies.arms import Arm, equal_rollouts, expected_flops
-from espo_lightning.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
-from espo_lightning.studies.compute import paper_costs, step_costs
-from espo_lightning.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe, rare_mode
-from espo_lightning.studies.kl import value_moments
-from espo_lightning.studies.noise import Point, noise
-from espo_lightning.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
-from espo_lightning.studies.states import (
+from espo_lightning.lab.flops import decoding_passes, forward
+from espo_lightning.lab.gradients import EdgeGradients, cosine, mask_completions
+from espo_lightning.lab.network import LLADA_8B
+from espo_lightning.lab.studies import states, training
+from espo_lightning.lab.studies.arms import Arm, equal_rollouts, expected_flops
+from espo_lightning.lab.studies.causal import CAUSAL, causal_off_policy, causal_terms, contested_fillings
+from espo_lightning.lab.studies.compute import paper_costs, step_costs
+from espo_lightning.lab.studies.jump import Curriculum, contested_problems, covered, growth, jump, probe, rare_mode
+from espo_lightning.lab.studies.kl import value_moments
+from espo_lightning.lab.studies.noise import Point, noise
+from espo_lightning.lab.studies.ratios import Recorded, off_policy, real_batch, whole_canvas
+from espo_lightning.lab.studies.states import (
     SUDOKU,
     Diverged,
     Snapshots,
@@ -42,8 +43,8 @@ from espo_lightning.studies.states import (
     train,
     true_measures,
 )
-from espo_lightning.studies.statistics import broken_line, first_above, rank_correlation
-from espo_lightning.studies.tightness import estimator_errors, gradient_bias, mean_field, one_step
+from espo_lightning.lab.studies.statistics import broken_line, first_above, rank_correlation
+from espo_lightning.lab.studies.tightness import estimator_errors, gradient_bias, mean_field, one_step
 
 TASK = Sudoku(empty=2)
 
@@ -151,7 +152,7 @@ def test_gradient_bias_and_a_step_along_the_exact_gradient(policy, state):
     assert row["cosine_decoder"] == pytest.approx(result["batch"]["cosine_decoder"])
     assert row["improvement"]["decoder: true"] == pytest.approx(step * row["norm"]["decoder: true"], rel=0.1)
     # the gradient of the decoder's mean reward by autograd through the whole lattice
-    from espo_lightning.exact import all_symbols, lattice_edges
+    from espo_lightning.lab.exact import all_symbols, lattice_edges
 
     edges = lattice_edges(state.cells, state.prompts, all_symbols(4, 2))
     (low_confidence_log_likelihoods(edges).exp() @ state.rewards).backward()

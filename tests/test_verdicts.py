@@ -14,7 +14,8 @@ import pytest
 from processes import descendants, started
 
 from espo_lightning.tasks.base import Problem, VerifierUnavailable
-from espo_lightning.verdicts import judge, judge_all, pass_at_k, per_problem, summarise
+from espo_lightning.tasks.judge import judge, judge_all
+from espo_lightning.tasks.statistics import pass_at_k, per_problem, summarise
 
 
 def problem(verify) -> Problem:
@@ -123,8 +124,8 @@ from functools import partial
 from espo_lightning.tasks.base import Problem
 from espo_lightning.tasks.code import judge
 from espo_lightning.tasks.maths import _workers, verify_math
-from espo_lightning.tasks.sandbox import SandboxUnavailable
-from espo_lightning.verdicts import judge_all
+from espo_lightning.tasks.sandbox.run import SandboxUnavailable
+from espo_lightning.tasks.judge import judge_all
 assert "torch" not in sys.modules
 code = Problem("", partial(judge, tests=("assert f() == 1",), exports=("f",), timeout=1.0), "")
 maths = Problem("", partial(verify_math, gold="\\\\sqrt{8}"), "")

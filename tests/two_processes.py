@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espo_lightning import LoRA, PromptDataModule
-from espo_lightning.checkpoint import _add_adapter, _checkpoint_layers
-from espo_lightning.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
-from espo_lightning.zero import DeepSpeed
+from espo_lightning.policies.load import _checkpoint_layers
+from espo_lightning.policies.lora import add_adapter
+from espo_lightning.training.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
+from espo_lightning.training.zero import DeepSpeed
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
@@ -46,7 +47,7 @@ ZERO = {f"deepspeed_stage_{stage}": partial(DeepSpeed, stage=stage, bucket_size=
 def lora_policy(base=torch.float32):
     """Adapters of float32 on a base of another type, as `load_policy` makes them."""
     policy = small_policy()
-    policy.model = _add_adapter(policy.model.to(base), LoRA(rank=2, alpha=4))
+    policy.model = add_adapter(policy.model.to(base), LoRA(rank=2, alpha=4))
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-from espo_lightning.tasks import sandbox
 from espo_lightning.tasks.base import Messages, Problem, Verdict
 from espo_lightning.tasks.rows import Row, RowTask
+from espo_lightning.tasks.sandbox import run as sandbox
 
 SYSTEM = (
     "You are an expert Python programmer. Think first if you need to, then give your whole solution as the last part "

@@ -1,0 +1,86 @@
+"""Decoding of causal policies, token by token from the left, with a key-value cache. Everything random is keyed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espo_lightning.decoding.decoder import Decoder
+from espo_lightning.decoding.proposals import sample_tokens, warp
+from espo_lightning.keys import uniform
+
+
+@dataclass(frozen=True)
+class AutoregressiveDecoding(Decoder):
+    """How a causal policy's completions are decoded: left to right, each until its first end-of-text token.
+
+    Args:
+        length: canvas width L in tokens, the most a completion has, end-of-text included.
+        temperature: of the sampled tokens; 0 is greedy. At 1 the samples follow the law that `Autoregressive` scores.
+
+    Raises:
+        ValueError: length below 1 or a negative temperature.
+    """
+
+    length: int = 16
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+
+    def check(self, policy) -> None:
+        if policy.mask_id is not None:
+            raise ValueError(
+                "decoding=AutoregressiveDecoding needs a causal policy, but this one is a diffusion model: use Decoding"
+            )
+
+    def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
+        return generate_left_to_right(policy, prompts, keys, self, agree)
+
+
+@torch.no_grad()
+def generate_left_to_right(
+    policy,
+    prompts,
+    keys: Tensor,
+    decoding: AutoregressiveDecoding,
+    agree: Callable[[bool], bool],
+) -> Tensor:
+    """Sample y_i from p(. | x, y_<i), i = 1..L, and stop once all completions have ended.
+
+    Args:
+        policy: a causal `Policy`.
+        prompts: `Prompts` of B rows and width P.
+        keys: int64 [B], the randomness of each completion; position i takes the i-th uniform of its key.
+        agree: see `Decoder.generate`; asked once before every token.
+
+    Returns:
+        Token ids [B, L], end-of-text from each completion's first one on.
+    """
+    batch, length = len(prompts.ids), decoding.length
+    end = policy.tokenizer.eos_token_id
+    ends = torch.tensor(sorted(policy.eos_ids), device=prompts.ids.device)
+    completion = prompts.ids.new_full((batch, length), end)
+    running = torch.ones(batch, dtype=torch.bool, device=prompts.ids.device)
+    noise = uniform(keys, length)
+
+    def draw(logits: Tensor, u: Tensor) -> Tensor:
+        if decoding.temperature == 0:
+            return logits.argmax(-1)
+        return sample_tokens(warp(logits, decoding.temperature, top_p=1.0), u)
+
+    prefix = policy.prefix()
+    for i in range(length):
+        if not agree(bool(running.any())):
+            break
+        ids = torch.cat([prompts.ids, completion[:, :i]], 1)
+        select = F.pad(torch.zeros_like(ids, dtype=torch.bool), (0, 1), value=True)  # the token to come
+        tokens = policy(ids, prompts.attention(i), select, draw, noise[:, i], prefix=prefix)
+        completion[:, i] = tokens.where(running, end)
+        running &= ~torch.isin(tokens, ends)
+    return completion

@@ -1,0 +1,37 @@
+"""Orders: which proposals a denoising step commits first.
+
+An order maps (logits [n, V], warped logits [n, V], proposed tokens [n], uniforms [n]) to priorities [n].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def low_confidence(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
+    """LLaDA's order: the proposals with the highest log-probability at temperature 1 first."""
+    return -F.cross_entropy(logits, tokens, reduction="none")
+
+
+def random_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
+    """Uniformly random positions: with one token a step, the decoder that the ELBO is a bound for."""
+    return u.float()
+
+
+def entropy_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
+    """Dream's ``entropy``: the positions of lowest entropy first, after temperature and top-p; minus nats."""
+    probabilities = warped.softmax(-1)
+    return torch.special.xlogy(probabilities, probabilities).sum(-1)
+
+
+def margin_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
+    """Dream's ``topk_margin``: the largest lead of the best token over the next first, after temperature and top-p."""
+    first, second = warped.softmax(-1).topk(2).values.unbind(-1)
+    return first - second
+
+
+def perturb(priority: Tensor, temperature: float, u: Tensor) -> Tensor:
+    """Dream's ``alg_temp``: the k first of what comes out are k draws without replacement with probabilities
+    softmax(priority / temperature) (Gumbel top-k). [n], uniforms [n] -> [n]."""
+    gumbel = -torch.log(-torch.log(u.double().clamp(min=2.0**-54)))
+    return priority / temperature + gumbel.to(priority.dtype)

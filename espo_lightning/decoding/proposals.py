@@ -1,0 +1,42 @@
+"""Proposals: the law that a token is drawn from, and drawing from it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def warp(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Logits [n, V] of the law that proposals are drawn from: divided by the temperature, -inf outside the nucleus.
+
+    Args:
+        temperature: 0 leaves the logits as they are; the caller then takes the argmax.
+        top_p: the nucleus is the shortest list of most probable tokens whose probability exceeds ``top_p``
+            (Holtzman et al. 2020), after the temperature as in Dream; 1 = all tokens.
+    """
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    if top_p == 1:
+        return logits
+    ranked, index = logits.sort(-1, descending=True)
+    before = ranked.softmax(-1).cumsum(-1)[:, :-1]  # the probability of all better tokens
+    outside = F.pad(before > top_p, (1, 0))
+    return logits.masked_fill(outside.scatter(-1, index, outside), float("-inf"))
+
+
+def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
+    """One token per row from softmax(logits) by inverse CDF.
+
+    Args:
+        logits: float32 [n, V]; a token of probability 0 is never drawn.
+        u: uniforms [n] in [0, 1).
+    """
+    probabilities = torch.softmax(logits, -1)
+    cdf = probabilities.cumsum(-1)
+    total = cdf[:, -1:]
+    # strictly below the total, so that the search ends inside the row
+    point = torch.minimum(u.float().unsqueeze(-1) * total, total * (1 - 2**-23))
+    token = torch.searchsorted(cdf, point, right=True)
+    impossible = probabilities.gather(-1, token) == 0
+    if impossible.any():  # a parallel sum (CUDA) may rise by rounding where nothing is added
+        token = torch.where(impossible, probabilities.argmax(-1, keepdim=True), token)
+    return token.squeeze(-1)

@@ -1,0 +1,162 @@
+"""Bytes, memory and seconds of a rollout and its updates per GPU, from the passes of `flops`. Pure.
+
+FLOPs are those of `flops`, checked against measurement; bytes and seconds follow from the assumptions of `Hardware`.
+docs/scaling.md has the formulas and what follows from them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from espo_lightning.keys import fold_in
+from espo_lightning.lab.flops import Passes, Work, work
+from espo_lightning.lab.network import Network
+from espo_lightning.policies.prefix import HEAD_BYTES
+from espo_lightning.scoring.likelihood import Likelihood
+
+BF16, FP32 = 2, 4  # bytes
+SAMPLES = 4096  # completions whose masks are drawn, to average how many positions are hidden
+
+
+LOGIT_COPIES = 4  # of a chunk of logits, in units of float32: themselves, bfloat16 twice, softmax, its gradient
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Assumptions about the machine; the defaults are the data sheet of a node of 8 H100, nothing measured.
+
+    Args:
+        tflops: dense bfloat16 peak of a GPU, TFLOP/s.
+        utilisation: the share of it that is reached (MFU).
+        node: GPUs per node.
+        nvlink: GB/s that a GPU receives from its node.
+        network: GB/s that a GPU receives from other nodes, each through a port of its own.
+    """
+
+    tflops: float = 990
+    utilisation: float = 0.4
+    node: int = 8
+    nvlink: float = 450
+    network: float = 50
+
+    def gather_speed(self, shards: int) -> float:
+        """GB/s of all-gather and reduce-scatter; the ports of a node fetch one copy for all of its GPUs."""
+        return self.nvlink if shards <= self.node else min(self.nvlink, self.network * self.node)
+
+    def replica_speed(self, shards: int, gpus: int) -> float:
+        """GB/s of the all-reduce between replicas of a shard; different shards of a node share its ports."""
+        if gpus <= self.node:
+            return self.nvlink
+        return min(self.nvlink, self.network * self.node / min(shards, self.node))
+
+
+def ring(size: float, ranks: int) -> float:
+    """Bytes that every rank receives in an all-gather or reduce-scatter of ``size``; an all-reduce is one of each."""
+    return size * (ranks - 1) / ranks
+
+
+def gathers(w: Work, gather_rollouts: bool) -> dict[str, float]:
+    """How often all weights are gathered in every phase, if they are sharded.
+
+    In every forward and every backward pass, except that a rollout may keep what its first pass gathers.
+    """
+    passes = {"rollout": w.rollout, "old scores": w.old, "reference": w.reference, "updates": w.terms + w.updates * 2}
+    return {phase: p.calls for phase, p in passes.items()} | ({"rollout": 1} if gather_rollouts else {})
+
+
+def collectives(
+    network: Network,
+    w: Work,
+    hardware: Hardware,
+    *,
+    gpus: int,
+    shards: int,
+    updates: int,
+    rank: int,
+    gather_rollouts: bool,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that a GPU receives in every phase, and the seconds that they take. Weights bfloat16, gradients float32.
+
+    Gradients of replicas (DDP, ``shards`` = 1) and of adapters are reduced once per update, others after every
+    backward pass.
+    """
+    weights = BF16 * (network.parameters + network.adapters(rank))
+    gradients = FP32 * (network.adapters(rank) if rank else network.parameters)
+    size = {phase: n * ring(weights, shards) for phase, n in gathers(w, gather_rollouts).items()}
+    reductions = updates if shards == 1 or rank else w.updates.calls
+    size["updates"] += reductions * ring(gradients, shards)
+    replicas = reductions * 2 * ring(gradients / shards, gpus // shards)
+    seconds = {phase: n / 1e9 / hardware.gather_speed(shards) for phase, n in size.items()}
+    size["updates"] += replicas
+    seconds["updates"] += replicas / 1e9 / hardware.replica_speed(shards, gpus)
+    return size, seconds
+
+
+def activation_bytes(network: Network, passes: Passes, rank: int = 0, checkpointing: bool = False) -> float:
+    """What one call keeps for its backward pass, logits excluded, in bf16-mixed precision and without padding.
+
+    Weights are float32, or bfloat16 below float32 adapters. Per token and layer, in bfloat16: the inputs of the seven
+    linear layers; q, k, v; gate, silu(gate) and up; with adapters their hidden states and the attention's output once
+    more. In float32: the input of both norms, without adapters their unscaled output too, and the softmax's logarithm.
+    """
+    h, f, q, kv = network.hidden_size, network.intermediate_size, *(n for _, n in network.attention[:2])
+    norm = FP32 * ((1 if rank else 2) * h + 1)
+    attention = norm + BF16 * (3 * h + 2 * q + 2 * kv) + FP32 * network.heads + (BF16 * (q + 4 * rank) if rank else 0)
+    mlp = norm + BF16 * (2 * h + 4 * f + 3 * rank)
+    tokens, positions = passes.rows * passes.width / passes.calls, passes.positions / passes.calls
+    last, others = tokens * attention + positions * (mlp + norm), network.layers - 1
+    if not checkpointing:
+        return others * tokens * (attention + mlp) + last
+    stream = (BF16 if rank else FP32) * h
+    return others * tokens * stream + max(last, tokens * (attention + mlp))  # layers are recomputed one at a time
+
+
+def memory(
+    network: Network, w: Work, *, stored: int, shards: int, rank: int, checkpointing: bool, gather_rollouts: bool
+) -> dict[str, float]:
+    """Bytes of one GPU in the backward pass of a micro-batch; and in a rollout, which has other activations.
+
+    stored: bytes of a stored weight; adapters are float32. Gradients and Adam's moments are like what they belong to.
+    A rollout's activations are an estimate: per token the residual stream, norms and MLP of one layer.
+    """
+    n, adapters, layer = network.parameters, network.adapters(rank), network.layer_parameters
+    trained = FP32 * adapters if rank else stored * n
+    held = {
+        "weights": (stored * n + FP32 * adapters) / shards,
+        "gradients": trained if rank else trained / shards,  # those of adapters are whole until they are reduced
+        "optimizer": 2 * trained / shards,
+        "reference": stored * n / shards if w.reference.calls and not rank else 0,
+    }
+    logits = LOGIT_COPIES * min(HEAD_BYTES, FP32 * network.vocab_size * w.updates.positions / w.updates.calls)
+    few = n - (network.layers - 2) * layer  # a layer, the next one, the embedding and the head
+    tokens = w.rollout.rows * w.rollout.width / w.rollout.calls
+    decoding = BF16 * tokens * (6 * network.intermediate_size + 4 * network.hidden_size)
+    whole = BF16 * (n if gather_rollouts else few) if shards > 1 else 0
+    backward = {
+        "gathered weights": BF16 * few if shards > 1 else 0,
+        "activations": activation_bytes(network, w.updates, rank, checkpointing),
+        "logits": logits,
+    }
+    rollout = sum(held.values()) + whole + decoding + logits
+    return held | backward | {"total": sum((held | backward).values()), "total in the rollout": rollout}
+
+
+def expected_work(rollout: Passes, likelihood: Likelihood, completions: int, length: int, sets: int, **options) -> Work:
+    """The mean of `work` over many draws of the masks, ``sets`` of them per rollout. options: see `work`."""
+    repeats = math.ceil(SAMPLES / completions / sets)
+    drawn = likelihood.draw(fold_in(0, torch.arange(repeats * sets * completions)), length)
+    masks = [drawn.of(slice(i, i + completions)) for i in range(0, repeats * sets * completions, completions)]
+    sampled = [work(rollout, masks[i : i + sets], **options) for i in range(0, len(masks), sets)]
+    return Work(*(sum(phase, rollout * 0) * (1 / repeats) for phase in zip(*sampled)))
+
+
+def merge_scores(phases: dict[str, float]) -> dict[str, float]:
+    """Old and reference scores as one phase, as ``time/score`` of a run."""
+    scores = phases["old scores"] + phases["reference"]
+    return {"rollout": phases["rollout"], "scores": scores, "updates": phases["updates"]}
+
+
+def with_total(values: dict[str, float], unit: float) -> dict[str, float]:
+    """All values in a unit, and their sum."""
+    return {key: value / unit for key, value in (values | {"total": sum(values.values())}).items()}

@@ -1,0 +1,165 @@
+"""FLOPs of a rollout and its updates, from the shape of a network and the passes that `ESPOModule` makes. Pure.
+
+Counted as `torch.utils.flop_counter` does: 2 m n k for every matrix product, attention included, nothing for what is
+done element by element. Exact for this library: the last layer's MLP and the head run where a token is predicted,
+half-passes with nothing hidden do not run, the first update's own terms are its old scores, the reference is scored
+once per mask set. docs/scaling.md has the same as equations.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from espo_lightning.decoding.masked import Decoding
+from espo_lightning.lab.network import Network
+from espo_lightning.policies.prefix import HEAD_BYTES
+from espo_lightning.scoring.masks import Masks
+
+# ---- passes: what runs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Some forward passes of one width.
+
+    calls: of the network. rows: sequences in all of them. width: tokens of a sequence, P + L. positions: where a token
+    is predicted, in all of them. Averages need not be whole numbers.
+    """
+
+    calls: float
+    rows: float
+    width: int
+    positions: float
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
+
+    def __mul__(self, n: float) -> "Passes":
+        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n)
+
+
+def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
+    """Those of `generate`: every row in every step that may commit, the head at what is hidden in the active block.
+
+    ``origin_schedule`` counts with its mean. What ``threshold``, ``early_stop`` and ``prefix_cache`` save depends on
+    the data and is not counted: an upper bound for them.
+    """
+    hidden, left = [], decoding.block_length
+    for count, bar in decoding.schedule(decoding.block_length, decoding.steps // decoding.blocks):
+        if count or bar < 1:
+            hidden.append(left)
+        left -= left * (1 - bar) if bar < 1 else count
+    calls = decoding.blocks * len(hidden)
+    return Passes(calls, completions * calls, width, completions * decoding.blocks * sum(hidden))
+
+
+def scoring_passes(masks: Masks, width: int, micro_batch: int) -> Passes:
+    """Those of `score` in micro-batches: no row with nothing hidden, but at least one per call."""
+    views = torch.cat([masks.hidden, ~masks.hidden]) if masks.coupled else masks.hidden  # [H M, B, L]
+    used = views.any(-1)
+    idle = ~used[0, ::micro_batch]  # the first row of a call always runs
+    return Passes(len(idle), int(used.sum() + idle.sum()), width, int(views.sum()))
+
+
+class Work(NamedTuple):
+    """All passes of a rollout and its updates on one GPU; a phase that is not needed has none.
+
+    terms: the extra pass without gradient of ``view_by_view``. updates: passes with gradient.
+    """
+
+    rollout: Passes
+    old: Passes
+    reference: Passes
+    terms: Passes
+    updates: Passes
+
+
+def work(
+    rollout: Passes, masks: list[Masks], *, updates: int, reference: bool, micro_batch: int, view_by_view: bool
+) -> Work:
+    """What `ESPOModule.training_step` runs.
+
+    Args:
+        rollout: see `decoding_passes`.
+        masks: U sets [M, B, L]; U = ``updates``, or 1 if they are reused.
+        updates, micro_batch, view_by_view: as in `ESPOModule`.
+        reference: whether beta is not 0.
+    """
+    nothing = rollout * 0
+    sets = [scoring_passes(m, rollout.width, micro_batch) for m in masks]
+    trained = sum(sets, nothing) * (updates // len(sets))
+    if view_by_view:
+        views = [scoring_passes(view, rollout.width, micro_batch) for m in masks for view in m.single_views()]
+        single = sum(views, nothing) * (updates // len(sets))
+    return Work(
+        rollout=rollout,
+        old=sum(sets[1:], nothing),
+        reference=sum(sets, nothing) if reference else nothing,
+        terms=trained if view_by_view else nothing,
+        updates=single if view_by_view else trained,
+    )
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """FLOPs of forward passes: frozen or trained linear layers, adapters, attention scores (QK and PV), head."""
+
+    linear: float
+    adapters: float
+    scores: float
+    head: float
+
+
+def dense(linears: list[tuple[int, int]]) -> int:
+    """FLOPs of linear layers for one token."""
+    return 2 * sum(m * n for m, n in linears)
+
+
+def low_rank(linears: list[tuple[int, int]], rank: int) -> int:
+    """FLOPs of their adapters for one token."""
+    return 2 * rank * sum(m + n for m, n in linears)
+
+
+def forward(network: Network, passes: Passes, rank: int = 0) -> Parts:
+    """FLOPs of forward passes, with adapters of a rank or without (0)."""
+    tokens = passes.rows * passes.width
+    in_mlp = (network.layers - 1) * tokens + passes.positions  # the last MLP runs where a token is predicted
+    in_attention = network.layers * tokens
+    return Parts(
+        linear=in_attention * dense(network.attention) + in_mlp * dense(network.mlp),
+        adapters=in_attention * low_rank(network.attention, rank) + in_mlp * low_rank(network.mlp, rank),
+        scores=in_attention * 4 * passes.width * network.heads * network.head_dim,
+        head=passes.positions * 2 * network.hidden_size * network.vocab_size,
+    )
+
+
+def backward(network: Network, passes: Passes, rank: int = 0, checkpointing: bool = False) -> float:
+    """FLOPs of the backward passes after `forward`, recomputation included.
+
+    A trained matrix costs twice its forward product, a frozen one once. Fused attention recomputes its scores: 5
+    products for 2. Only in layer 0 with adapters and without checkpointing does the input need no gradient.
+    """
+    part, tokens = forward(network, passes, rank), passes.rows * passes.width
+    flops = (1 if rank else 2) * (part.linear + part.head) + 2 * part.adapters + 2.5 * part.scores
+    if rank and not checkpointing:
+        flops -= tokens * (dense(network.attention[:3]) + 2 * rank * 3 * network.hidden_size)
+    if passes.positions > passes.calls * (HEAD_BYTES // (4 * network.vocab_size)):
+        flops += part.head  # in chunks, see `apply_head`
+    if checkpointing:  # all layers but the last, up to the last matrix product, whose input is all that is needed
+        layer = dense(network.attention + network.mlp) + low_rank(network.attention + network.mlp, rank)
+        skipped = low_rank([(0, network.hidden_size)], rank) if rank else dense(network.mlp[2:])
+        flops += (network.layers - 1) * (tokens * (layer - skipped) + part.scores / network.layers)
+    return flops
+
+
+def flops(network: Network, w: Work, rank: int = 0, checkpointing: bool = False) -> dict[str, float]:
+    """FLOPs of every phase. The reference of adapters is the base without them."""
+    return {
+        "rollout": sum(forward(network, w.rollout, rank)),
+        "old scores": sum(forward(network, w.old, rank)),
+        "reference": sum(forward(network, w.reference)),
+        "updates": sum(forward(network, w.terms + w.updates, rank)) + backward(network, w.updates, rank, checkpointing),
+    }

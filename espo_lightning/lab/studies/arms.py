@@ -1,0 +1,98 @@
+"""What training runs of notebooks 04, 05 and 08 differ in, and what they cost."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from espo_lightning.decoding.masked import Decoding
+from espo_lightning.lab.costs import expected_work
+from espo_lightning.lab.flops import decoding_passes, flops
+from espo_lightning.lab.network import read_network
+from espo_lightning.lab.studies.kl import KLS
+from espo_lightning.lab.studies.ratios import RATIOS
+from espo_lightning.lab.studies.states import SUDOKU, new_module
+from espo_lightning.policies.load import load_policy
+from espo_lightning.policies.policy import Policy
+from espo_lightning.scoring.likelihood import ELBO, Likelihood, MeanField
+from espo_lightning.tasks import Sudoku
+from espo_lightning.training.module import ESPOModule
+
+PROMPTS = 16  # per rollout, as in `fit`
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What training runs differ in; plain values, so that a notebook can store them.
+
+    Args:
+        ratio: a key of `RATIOS`.
+        likelihood: "ELBO" or "mean field".
+        draws, coupled: of the ELBO.
+        kl: a key of `KLS`.
+        beta, updates, fresh_masks, clip_range: see `ESPOModule`.
+        steps: denoising steps of a rollout.
+        lr: learning rate.
+    """
+
+    ratio: str = "sequence"
+    likelihood: str = "ELBO"
+    draws: int = 1
+    coupled: bool = True
+    kl: str = "k2"
+    beta: float = 0.0
+    updates: int = 2
+    fresh_masks: bool = True
+    clip_range: float = 0.05
+    steps: int = 16
+    lr: float = 1e-4
+
+    def __post_init__(self):
+        if self.likelihood not in ("ELBO", "mean field"):
+            raise ValueError(f'likelihood must be "ELBO" or "mean field", got {self.likelihood!r}')
+
+    def module(
+        self, seed: int, kind: type[ESPOModule] = ESPOModule, policy: Policy | None = None, **changes
+    ) -> ESPOModule:
+        """A new module that trains ``policy``; None = the bundled Sudoku policy."""
+        elbo = ELBO(draws=self.draws, coupled=self.coupled)
+        likelihood: Likelihood = MeanField() if self.likelihood == "mean field" else elbo
+        return new_module(
+            load_policy(SUDOKU) if policy is None else policy,
+            seed,
+            kind,
+            lr=self.lr,
+            decoding=Decoding(steps=self.steps),
+            likelihood=likelihood,
+            ratio=RATIOS[self.ratio],
+            kl=KLS[self.kl],
+            beta=self.beta,
+            updates=self.updates,
+            fresh_masks=self.fresh_masks,
+            clip_range=self.clip_range,
+            **changes,
+        )
+
+
+@cache
+def expected_flops(arm: Arm) -> dict[str, float]:
+    """FLOPs of every phase of a training step, averaged over masks, if no completion is left out."""
+    module = arm.module(0)
+    completions, length = PROMPTS * module.group_size, module.decoding.length
+    prompt = module.policy.encode([Sudoku().problem("train", 0, 0).prompt])
+    passes = expected_work(
+        decoding_passes(module.decoding, completions, prompt.ids.shape[1] + length),
+        module.likelihood,
+        completions,
+        length,
+        module.updates if module.fresh_masks else 1,
+        updates=module.updates,
+        reference=module.beta != 0,
+        micro_batch=completions,
+        view_by_view=False,
+    )
+    return flops(read_network(SUDOKU), passes)
+
+
+def equal_rollouts(arm: dict, like: dict, rollouts: int) -> int:
+    """How many rollouts of an arm take the FLOPs of ``rollouts`` of another one; at least 1."""
+    ours, theirs = (sum(expected_flops(Arm(**settings)).values()) for settings in (arm, like))
+    return max(1, round(rollouts * theirs / ours))

@@ -1,0 +1,235 @@
+"""Policies: language models on transformers' own Llama, Qwen2 and Qwen3, seen through one small interface.
+
+LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden state i-1 predicts token i.
+What a checkpoint is, is read from its config and tokenizer, never from its name.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
+
+Messages = list[dict[str, str]]
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts of one width. ids: int64 [B, P]. mask: bool [B, P], True = real; None = no padding."""
+
+    ids: Tensor
+    mask: Tensor | None
+
+    def attention(self, length: int) -> Tensor | None:
+        """Key mask of prompt and canvas, bool [B, P + length], or None where nothing is padded."""
+        return None if self.mask is None else F.pad(self.mask, (0, length), value=True)
+
+    def of(self, rows: slice | Tensor) -> "Prompts":
+        """Some of the rows."""
+        return Prompts(self.ids[rows], None if self.mask is None else self.mask[rows])
+
+    def repeat_each(self, n: int) -> "Prompts":
+        """Every row ``n`` times in a row: [B, P] -> [B n, P]."""
+        return Prompts(
+            self.ids.repeat_interleave(n, 0), None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        )
+
+
+class Policy(nn.Module):
+    """A language model, its tokenizer, and the one forward pass that sampler and scorer share.
+
+    Args:
+        model: a causal-LM class of transformers with a Llama-like layout.
+        tokenizer: with pad and eos tokens, and a mask token unless ``causal``.
+        mask_id: the mask token; None for causal models.
+        shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
+        causal: whether attention looks backwards only.
+        whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        mask_id: int | None,
+        shift: int = 0,
+        causal: bool = False,
+        whole_last_layer: bool = False,
+    ):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.mask_id, self.shift, self.causal = mask_id, shift, causal
+        last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
+        known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+        self.selective = known and not whole_last_layer
+        if self.selective:
+            last.forward = MethodType(selective_layer, last)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the model is a peft model, whose adapters can be switched off."""
+        return hasattr(self.model, "disable_adapter")
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The transformers model, with ``.model`` (the network) and ``.lm_head``; under peft, the one inside."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
+        """Chat-templated, left-padded prompts. A string is one user turn.
+
+        Raises:
+            ValueError: a prompt is longer than ``max_length`` tokens; nothing is ever truncated silently.
+        """
+        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        width = max(map(len, rows))
+        if max_length is not None and width > max_length:
+            worst = max(range(len(rows)), key=lambda i: len(rows[i]))
+            raise ValueError(
+                f"a prompt has {width} tokens, more than max_prompt_length={max_length}: raise it, or drop "
+                f"the problem that starts {str(prompts[worst])[:60]!r}"
+            )
+        ids = [[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+        mask = torch.arange(width) >= torch.tensor([[width - len(row)] for row in rows])
+        return Prompts(torch.tensor(ids, device=self.device), None if mask.all() else mask.to(self.device))
+
+    def decode(self, completion: Tensor) -> list[str]:
+        """Text of each completion [B, L] up to its first end-of-text token, without special tokens."""
+        return [
+            self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+            for row, n in zip(completion, self.lengths(completion))
+        ]
+
+    def lengths(self, completion: Tensor) -> Tensor:
+        """Tokens before the first end-of-text token: [B, L] -> [B]."""
+        ends = torch.isin(completion, torch.tensor(sorted(self.eos_ids), device=completion.device))
+        return torch.where(ends.any(-1), ends.int().argmax(-1), completion.shape[-1])
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-text token that fills a canvas after its text, here and in supervised training."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Tokens that end a text: the tokenizer's and those that the config names."""
+        named = self.config.eos_token_id
+        named = named if isinstance(named, list) else [named]
+        return {i for i in [*named, self.tokenizer.eos_token_id] if i is not None}
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention: Tensor | None,
+        select: Tensor,
+        reduce: Callable[..., Any],
+        *columns: Tensor,
+        prefix: "Prefix | None" = None,
+    ) -> Any:
+        """Run the network and the head on the selected positions only.
+
+        Args:
+            ids: int64 [N, T].
+            attention: bool [N, T], True = attend to this key; None = to all.
+            select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
+                first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
+            reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
+                chunks, so that the logits of all positions never exist at once.
+            columns: tensors [n], one entry per selected position in row-major order.
+            prefix: what `Policy.prefix` made: what it knows of ``ids`` is not computed again.
+
+        Returns:
+            What ``reduce`` returns, for all n positions.
+        """
+        lm = self.language_model
+        network = {"attention_mask": self._bias(attention), "use_cache": prefix is not None}
+        if prefix is not None:
+            known, network["past_key_values"] = len(prefix), prefix.cache
+            ids, select = ids[:, known:], select[:, known:]
+        select = select[:, self.shift :]
+        select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
+        rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
+        with nullcontext() if prefix is None else prefix.filled(self):
+            if self.selective:
+                hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
+            else:
+                hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
+        return apply_head(lm.lm_head, hidden, reduce, columns)
+
+    def prefix(self, start: int | None = None) -> "Prefix":
+        """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
+
+        Raises:
+            ValueError: a model of another family, whose own code may ignore it.
+        """
+        if not self.selective:
+            raise ValueError(
+                "prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code or whole_last_layer: drop it"
+            )
+        # the hidden state before ``start`` is needed anew where it predicts
+        return Prefix(None if start is None else start - self.shift)
+
+    def compile_network(self, backend: str) -> None:
+        """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.
+
+        Raises:
+            ValueError: an unknown backend.
+        """
+        if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise ValueError(f"compile must be one of {', '.join(known)}, got {backend!r}")
+        self.language_model.model.compile(backend=backend, dynamic=True)
+
+    def _bias(self, attention: Tensor | None) -> Tensor | None:
+        """The 4D additive mask [N, 1, 1, T], the one form that SDPA and eager attention both read as a full mask.
+
+        None means full attention, because ``config.is_causal`` is False. Causal models and other kernels (flash, flex)
+        get the plain 2D mask.
+        """
+        if attention is None or self.causal or self.config._attn_implementation not in ("sdpa", "eager"):
+            return attention
+        dtype = self.model.dtype
+        return torch.zeros(attention.shape, dtype=dtype, device=attention.device).masked_fill_(
+            ~attention, torch.finfo(dtype).min
+        )[:, None, None, :]
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft.
+
+        Args:
+            state_dict: the complete weights of this policy, where it holds only its part of them (see `strategies`).
+        """
+        # peft would otherwise ask the hub whether the embedding was resized
+        arguments = {"save_embedding_layers": False} if self.has_adapters else {}
+        if state_dict is not None:
+            arguments["state_dict"] = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        self.model.save_pretrained(folder, **arguments)
+        self.tokenizer.save_pretrained(folder)
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that name some weights: a hash of about 64 entries of each, in their order."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

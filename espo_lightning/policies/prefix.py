@@ -1,0 +1,91 @@
+"""Parts of a forward pass: cached prefixes, a last layer that runs where it is read, a head in chunks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
+
+
+class Prefix:
+    """Keys and values of positions that passed through the network once and are not computed again.
+
+    In a causal network that is exact. In a bidirectional one they depend on everything that follows, so that later
+    passes are approximate.
+
+    Args:
+        width: keep those of the first ``width`` positions, from the first pass; None = of all, from every pass.
+    """
+
+    def __init__(self, width: int | None):
+        self.width, self.cache = width, DynamicCache()
+
+    def __len__(self) -> int:
+        """Positions that are known."""
+        return self.cache.get_seq_length()
+
+    @contextmanager
+    def filled(self, network: nn.Module) -> Iterator[None]:
+        """A pass of ``network`` that writes into the cache, which then forgets all but the prefix.
+
+        In train mode, a checkpointed layer would ignore the cache.
+        """
+        training = network.training
+        network.eval()
+        try:
+            yield
+        finally:
+            network.train(training)
+        if self.width is None:
+            return
+        if self.width:
+            self.cache.crop(self.width - len(self))
+        else:  # a cache without positions would still insist on its rows
+            self.cache = DynamicCache()
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, an index."""
+        self.cache.batch_select_indices(rows)
+
+
+def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:
+    """The last decoder layer of Llama, Qwen2 and Qwen3: [N, T, d] -> [n, d], its MLP only where a token is predicted.
+
+    The same numbers for less: nothing reads the last layer's output at other positions. On a 4-layer policy this saves
+    about an eighth of every pass. Without ``rows`` it is the layer as it was. It is never checkpointed: the backward
+    pass begins here.
+    """
+    if rows is None:
+        return type(layer).forward(layer, hidden_states, **arguments)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **arguments)
+    hidden = (hidden_states + attended).flatten(0, 1)[rows]
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
+    """``reduce(head(hidden).float(), *columns)`` in chunks of at most HEAD_BYTES of logits.
+
+    With several chunks, the backward pass recomputes each one's logits instead of keeping them.
+
+    Args:
+        hidden: [n, d].
+        columns: tensors [n], split along with ``hidden``.
+    """
+
+    def run(hidden: Tensor, *columns: Tensor) -> Any:
+        return reduce(head(hidden).float(), *columns)
+
+    chunk = max(1, HEAD_BYTES // (4 * head.weight.shape[0]))
+    if len(hidden) <= chunk:
+        return run(hidden, *columns)
+    pieces = zip(hidden.split(chunk), *(c.split(chunk) for c in columns))
+    if torch.is_grad_enabled():
+        outputs = [checkpoint(run, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    else:
+        outputs = [run(*piece) for piece in pieces]
+    return torch.cat(outputs) if isinstance(outputs[0], Tensor) else tuple(torch.cat(x) for x in zip(*outputs))

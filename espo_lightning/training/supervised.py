@@ -1,0 +1,80 @@
+"""Supervised training on a task's answers, with the likelihoods of RL."""
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from espo_lightning.keys import fold_in
+from espo_lightning.policies.policy import Policy
+from espo_lightning.scoring.likelihood import ELBO, Likelihood
+from espo_lightning.tasks.base import Problem
+from espo_lightning.training.checkpoints import PolicyModule
+from espo_lightning.training.strategies import shard
+
+
+def encode_answers(policy: Policy, answers: list[str], length: int) -> Tensor:
+    """Answers as canvases [B, L]: their tokens, then end-of-text tokens to the end, which the model learns as well.
+
+    Raises:
+        ValueError: an answer has more than ``length`` tokens.
+    """
+    rows = [policy.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    longest = max(rows, key=len)
+    if len(longest) > length:
+        raise ValueError(f"an answer has {len(longest)} tokens, more than length={length}: raise length")
+    eos = policy.tokenizer.eos_token_id
+    return torch.tensor([row + [eos] * (length - len(row)) for row in rows], device=policy.device)
+
+
+class SFTModule(PolicyModule):
+    """Supervised training: minimise -S / L of the answers given their prompts, S being their ELBO, or exact likelihood.
+
+    Args:
+        policy: `load_policy` of a folder, or `new_policy` from scratch. With ``denoise: true``, a causal
+            checkpoint becomes a diffusion policy.
+        length: canvas width L in tokens. A causal policy learns to stop where an answer is shorter.
+        likelihood: the ELBO estimator, with masks drawn fresh for every example; `Autoregressive` for a causal policy.
+        optimizer: any torch optimizer.
+        warmup: share of the training in which the learning rate rises; it then falls to 0 along a cosine.
+        max_prompt_length: longest prompt in tokens.
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        length: int = 16,
+        likelihood: Likelihood = ELBO(),
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup: float = 0.02,
+        max_prompt_length: int = 512,
+        seed: int = 0,
+    ):
+        super().__init__()
+        likelihood.check(policy)
+        self.policy, self.length, self.likelihood = policy, length, likelihood
+        self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
+        self.leave_out_frozen()
+
+    def configure_model(self) -> None:
+        self.policy = shard(self.policy, self.trainer.strategy)
+
+    def training_step(self, problems: list[Problem], batch_idx: int) -> Tensor:
+        prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
+        answers = encode_answers(self.policy, [p.answer for p in problems], self.length)
+        index = self.global_rank * len(problems) + torch.arange(len(problems), device=answers.device)
+        masks = self.likelihood.draw(fold_in(fold_in(self.seed, self.global_step).to(index.device), index), self.length)
+        loss = -self.likelihood.terms(self.policy, prompts, answers, masks).sum(-1).mean() / self.length
+        self.log("train/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            pct_start=self.warmup,
+            cycle_momentum=False,
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
