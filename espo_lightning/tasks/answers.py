@@ -23,7 +23,7 @@ _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}(?:(\{)|([0-9A-Za-z])(?![0-9A-Za-z.]))")
 _DIVIDER = re.compile(r"(?:[\s$*]|\\[()\[\],;: ]|\\q?quad|\\text\{|\})*")
 _MARKER = re.compile(
-    r"####|\banswers?(?:\s{1,4}to\s(?:the|this)\s(?:problem|question))?[*_]{0,3}\s{0,4}(?:is|are|:|=)(?:\s{0,4}:)?"
+    r"####|(?<![A-Za-z])answers?(?:\s{1,4}to\s(?:the|this)\s(?:problem|question))?[*_]{0,3}\s{0,4}(?:is|are|:|=)(?:\s{0,4}:)?"
     r"|^[#*_ ]{1,8}(?:final\s)?answer[*_ ]{0,4}$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -31,8 +31,8 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1
 _IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}.])-)?(?<![\w.,/])(?:{_DIGITS})(?:/[0-9]{{1,40}})?(?![0-9])", re.ASCII)
 _CLOCK = re.compile(r"(?::[0-9]{2})?\s?[ap]\.?m\b", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)*])(\*{1,3}|_{2,3}|`)(?=\S)([^*`\n]{1,200}?)(?<=\S)\1(?![\w(*])")
-_SENTENCE = re.compile(r"[.!?;](?:\s|$)|[.!?;](?=[$*])")
-_CUT = re.compile(r"[.!?;](?=[\s$*]|$)|,(?=\s*[A-Za-z])|\s\(|\s(?=[a-z.]{2,10}\b)|(?<=\s)[-–—](?=\s*[A-Za-z])|\[(?=[A-Za-z])")
+_SENTENCE = re.compile(r"[.?;](?:\s|$)|[.?;](?=[$*])")
+_CUT = re.compile(r"[.?;](?=[\s$*]|$)|,(?=\s*[A-Za-z])|\s\(|\s(?=[a-z.]{2,10}\b)|(?<=\s)[-–—](?=\s*[A-Za-z])|\[(?=[A-Za-z])")
 _OFFERS = re.compile(r"\W*(?:or|maybe|perhaps|possibly|probably|alternatively|otherwise)\b", re.IGNORECASE)
 CUTS = 40
 
@@ -45,6 +45,8 @@ def locate(text: str, numbers: bool) -> str | None:
         text = tags[-1][1]
     if (answer := boxed(text)) is not None:
         return answer or None
+    if "\\boxed" in text:
+        return None
     if (answer := marked(text)) is not None:
         return answer or None
     if tags:
@@ -95,7 +97,7 @@ def boxed(text: str) -> str | None:
     rest = text[found[-1][1] : found[-1][1] + LIMIT]
     if offer := _OFFERS.match(rest):
         other = statement(rest[offer.end() :])
-        return ", ".join([*inner, other]) if read(other) else ""
+        return " or ".join([*inner, other]) if read(other) else ""
     if re.match(r"\s*\\(?:vee|lor|cup)\b", rest) or _is_another(rest.partition("\n")[0], inner[-1]):
         return ""
     return inner[0] if len({form(content) or content for content in inner}) == 1 else ", ".join(inner)
@@ -135,7 +137,7 @@ def statement(rest: str) -> str:
 
 def _harmless(tail: str, head: str) -> bool:
     """Does nothing that follows the answer ``head`` in its line offer another or change it?"""
-    ended = tail[:1] in ".!?;"
+    ended = tail[:1] in ".?;"  # no "!", which is a factorial behind a number
     if _OFFERS.match(tail) or _is_another(tail, head):
         return False
     if ended:
@@ -144,8 +146,11 @@ def _harmless(tail: str, head: str) -> bool:
     words = re.findall(r"[a-z]+", sentence.lower())
     if not words or HEDGES & set(words):
         return not words and not re.search("[0-9]", sentence)
-    changing = {*NEVER_UNITS, *NUMBER_WORDS, *FACTORS, *PARTS} - {"is", "are", "was", "from"}
-    return words[0] in EXPLAINING or not (re.search(r"[0-9\\^=<>+]", sentence) or changing & set(words))
+    changing = {*NEVER_UNITS, *NUMBER_WORDS, *FACTORS, *PARTS} - {"is", "are", "was"} | {"squared", "cubed"}
+    if words[0] in EXPLAINING:
+        return True
+    variables = {word for word in words if len(word) == 1} - {"a", "i"}
+    return not (re.search(r"[0-9\\^=<>+]", sentence) or variables or changing & set(words))
 
 
 def _is_another(rest: str, answer: str) -> bool:
@@ -154,11 +159,18 @@ def _is_another(rest: str, answer: str) -> bool:
     if re.match(r"(?:\\[$(\[]|[\s({\[])*[-+]?[0-9]", rest):
         return True
     piece = _SENTENCE.split(_undecorated(rest))[0]
+    if piece[:1] == "{" and piece[-1:] == "}":
+        piece = piece[1:-1]
     tree = read(piece)
-    if tree is None or form(piece) == form(answer):
+    if tree is None or form(piece) == form(answer) or _is_unit(piece):
         return False
     said = read(answer)
     return tree[0] != "words" or piece.startswith("\\") or (said is not None and said[0] == "words" and " " not in piece)
+
+
+def _is_unit(text: str) -> bool:
+    measured = read(f"2 {text}")
+    return measured is not None and measured[0] == "quantity" and measured[1] == ("number", "2")
 
 
 def _offered_below(below: str, answer: str) -> bool:

@@ -63,6 +63,8 @@ def _settled(tree: Tree) -> Tree:
     tree = list(tree)
     if _holds(tree, "plusminus"):
         tree = ["list", _signed(tree, False), _signed(tree, True)]
+    if tree[0] == "either":
+        tree = ["list", *tree[1:]] if not _all_equal(tree[1:]) else _settled(tree[1])
     if tree[0] == "list":
         tree = _union_of_orders(tree)
     if tree[0] == "order":
@@ -135,18 +137,17 @@ def _quantities(gold: Tree, answer: Tree) -> bool | None:
 
 
 def _lists(gold: Tree, answer: Tree) -> bool | None:
-    """Lists and sets have no order; one of a single value is the value, however often it stands there."""
+    """Lists and sets have no order; one of a single value is the value."""
     if not {"list", "set"} & {gold[0], answer[0]}:
         return None
-    sides = [_single(tree[1:]) if tree[0] in ("list", "set") else [tree] for tree in (gold, answer)]
+    sides = [tree[1:] if tree[0] in ("list", "set") else [tree] for tree in (gold, answer)]
+    if any(len({item[0] == "=" for item in items}) > 1 for items in sides):
+        raise Undefined("a list of values and equations")
     return _matched(*sides)
 
 
-def _single(items: Sequence[Tree]) -> Sequence[Tree]:
-    """One item where all are equal. Raises Undefined for a list that names some of its values and others not."""
-    if len({item[0] == "=" for item in items}) > 1:
-        raise Undefined("a list of values and equations")
-    return items[:1] if all(equal(items[0], item) and equal(item, items[0]) for item in items[1:]) else items
+def _all_equal(items: Sequence[Tree]) -> bool:
+    return all(equal(items[0], item) and equal(item, items[0]) for item in items[1:])
 
 
 def _matched(gold: Sequence[Tree], answer: Sequence[Tree]) -> bool:
@@ -291,6 +292,7 @@ def _agree(a: sympy.Expr, b: sympy.Expr) -> bool:
     difference = a - b
     if difference.is_Rational:
         return difference == 0
-    size = max(abs(x.evalf(15)) for x in (a, b))
-    error = abs(difference.evalf(15, maxn=2000, chop=False) if size == 0 else (difference / size).evalf(DIGITS + 10))
-    return bool(error < sympy.Float(10) ** -DIGITS)
+    size, error = (max(abs(x.evalf(DIGITS + 10, maxn=2000)) for x in xs) for xs in ((a, b), (difference,)))
+    if size < sympy.Float(10) ** -1000:  # nothing is left to be relative to
+        return sympy.simplify(difference) == 0
+    return bool(error < size * sympy.Float(10) ** -DIGITS)

@@ -6,7 +6,7 @@ matrix, or words. A tree is a tuple of its kind and its parts, plain data that c
     number value | symbol name | + a b | * a b | / a b | ^ a b | - a | function name a | log base a | ! a | binom a b
     plusminus sign a                                                   (scalars)
     quantity a unit | compound quantities ... | based digits base | words text | ratio a b ...
-    list a ... | set a ... | sequence open close a ... | union a ... | matrix row ... (a row: row a ...)
+    list a ... | either a ... | set a ... | sequence open close a ... | union a ... | matrix row ... (a row: row a ...)
     = a ... | order signs a ... | in name a
 """
 
@@ -16,12 +16,13 @@ from functools import lru_cache
 
 from espo_lightning.tasks.notation import Token, Unreadable, tokens
 from espo_lightning.tasks.units import NO_UNIT, degree_at, scaled_at, unit_at
-from espo_lightning.tasks.vocabulary import APPROXIMATE, CAPITALS, CURRENCY_CODES, FUNCTIONS, GREEK, KEYBOARD_NAMES
+from espo_lightning.tasks.vocabulary import APPROXIMATE, CAPITALS, CURRENCY_CODES, FUNCTIONS, GREEK, KEYBOARD_NAMES, SMALL_WORDS
 
 Tree = tuple
 DEPTH = 40  # levels of brackets
 SCALARS = {"number", "symbol", "+", "*", "/", "^", "-", "function", "log", "!", "binom", "plusminus", "matrix"}
 CONSTANTS = {"pi", "e", "i", "infty"}
+INFINITY = ("symbol", "infty")
 ORDERS = {"<": "<", ">": ">", "le": "<=", "ge": ">="}
 CLOSING = {"(": ")", "[": "]", "\\{": "\\}", "langle": "rangle"}
 NAMED = {*GREEK, *CAPITALS, "infty", "ell", "hbar"}
@@ -119,15 +120,14 @@ class _Reader:
         if self.is_text():
             self.place = len(self.tokens)
             return ("words", " ".join(token.value.lower() for token in self.tokens))
-        items = [self.item()]
+        items, dividers = [self.item()], set()
         while self.token is not None:
             comma = self.accept(",", ";")
             if not (comma or self.word() in ("and", "or")):
                 raise Unreadable(self.peek().value)
-            if self.word() in ("and", "or"):
-                self.place += 1
+            dividers.add(self.take().value if self.word() in ("and", "or") else ",")
             items.append(self.item())
-        return items[0] if len(items) == 1 else ("list", *items)
+        return items[0] if len(items) == 1 else ("either" if dividers == {"or"} else "list", *items)
 
     def is_text(self) -> bool:
         """Words and no mathematics: letters only, with one word among them that is too long for a product."""
@@ -200,7 +200,7 @@ class _Reader:
     # ---- expressions ----------------------------------------------------------------------------------------------
 
     def scalar(self, tree: Tree) -> Tree:
-        if tree[0] not in SCALARS:
+        if tree[0] not in SCALARS or tree == INFINITY:
             raise Unreadable(f"arithmetic on a {tree[0]}")
         return tree
 
@@ -220,7 +220,9 @@ class _Reader:
     def signed(self) -> Tree:
         if self.at("+", "-", "pm", "mp"):
             sign = self.take().value
-            tree = self.scalar(self.signed())
+            tree = self.signed()
+            if tree != INFINITY or sign not in "+-":
+                self.scalar(tree)
             return tree if sign == "+" else ("-", tree) if sign == "-" else ("plusminus", sign, tree)
         return self.product()
 
@@ -234,7 +236,7 @@ class _Reader:
                 tree = (sign, self.scalar(tree), self.scalar(self.signed_power()))
             elif not measured and self.measure(tree):
                 measured = True
-            elif not measured and self.starts_factor():
+            elif not measured and self.starts_factor() and not self.is_prose():
                 if self.peek().kind == "number" or (self.at("frac") and exact(tree) is not None):
                     tree = self.mixed(tree)
                 else:
@@ -242,9 +244,16 @@ class _Reader:
             else:
                 return tree
 
+    def is_prose(self) -> bool:
+        """Does the next token divide words by a space, and not variables?"""
+        before, token = self.peek(-1), self.peek()
+        if token.kind == "letters" and token.space and token.value in SMALL_WORDS:
+            return True
+        return before.kind == token.kind == "letters" and token.space and len(before.value + token.value) > 2
+
     def side_by_side(self, left: Tree, right: Tree) -> Tree:
-        """A product without a sign. Nobody writes one with 0, 1 or infinity: those are two answers."""
-        if {left, right} & {("number", "0"), ("number", "1"), ("symbol", "infty")}:
+        """A product without a sign. Nobody writes one with 0, 1 or a factorial: those are two answers."""
+        if {left, right} & {("number", "0"), ("number", "1")} or left[0] == "!":
             raise Unreadable("two answers side by side")
         return ("*", self.scalar(left), self.scalar(right))
 
@@ -275,7 +284,7 @@ class _Reader:
         else:
             raise Unreadable("two numbers side by side")
         value = exact(part)
-        if value is None or not 0 < value < 1 or part[0] != "/":
+        if value is None or not 0 < value < 1 or part[0] != "/" or whole[1] == "0":
             raise Unreadable("a mixed number without a proper fraction")
         return ("number", str(Fraction(whole[1]) + value))
 

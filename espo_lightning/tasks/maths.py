@@ -77,9 +77,10 @@ def verify_math(
 
 def compare(gold: str, answer: str) -> Outcome:
     """Equal as they look, or as numbers, or for the worker; an answer that is not read as a whole is different."""
-    if (looks := form(answer)) is not None and looks == form(gold):
-        return "equal" if looks else "different"
     trees = read(gold), read(answer)
+    looks, measured = form(answer), [tree is not None and tree[0] == "quantity" for tree in trees]
+    if looks and looks == form(gold) and measured[0] == measured[1]:  # "5 m" has a unit, 5m has not
+        return "equal"
     if None in trees:
         return "different"
     values = [exact(tree[1] if tree[0] == "quantity" and tree[2] == "" else tree) for tree in trees]

@@ -80,6 +80,7 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
         if len(word) < 4 and not (_is_listed(tokens[place]) or (len(word) == 3 and len(_word(tokens, place + 1)) > 3)):
             raise Unreadable(f"{word} behind a unit")
         words.append(word)
+        last = place
         if (name := UNITS.get(tokens[place].value) or UNITS.get(word)) and _word(tokens, place + 1) not in ("total", "all"):
             known.append(name)
         raised, place = _raised(tokens, place + 1)
@@ -89,7 +90,8 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
         if _values(tokens, place, 1) == ["/"] and UNITS.get(_word(tokens, place + 1)):
             place, divided = place + 1, True
     plural = any(len(word) > 3 and word.endswith("s") and not word.endswith("ss") for word in words)
-    if not (plural or known or set(words) & set(IN_PLACE_OF_UNITS)):
+    ends = _is_listed(tokens[last]) or (len(words[-1]) > 3 and words[-1].endswith("s"))
+    if not (ends and (plural or known or set(words) & set(IN_PLACE_OF_UNITS))):
         raise Unreadable("words that are no unit")
     power = "^2" if {"sq", "square", "squared"} & set(words) else "^3" if {"cu", "cubic", "cubed"} & set(words) else power
     known = [name for name in known if name not in COUNTED]
@@ -98,7 +100,7 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
 
 
 def _is_listed(token: Token) -> bool:
-    word = token.value.lower()
+    word = token.value if len(token.value) == 1 else token.value.lower()
     return word in BESIDE_UNITS or word in IN_PLACE_OF_UNITS or word in UNITS or token.value in UNITS
 
 
@@ -110,7 +112,7 @@ def _begins(tokens: Sequence[Token], place: int, first: Token, tree: tuple) -> b
     known = first.value in UNITS or (len(word) > 1 and word in UNITS)
     if len(word) == 1:
         _, after = _raised(tokens, place + 1)
-        ends = _values(tokens, after, 1) in ([], [","], [";"], ["/"])
+        ends = _values(tokens, after, 1) in ([], [","], [";"], ["/"]) or tokens[after].kind == "number"
         return known and tree[0] == "number" and ends and (first.space or first.kind == "words")
     if first.kind == "words":
         return True

@@ -83,8 +83,13 @@ NEVER_UNITS = (
     "both undefined infinite prime composite respectively equals is are was if unless except instead root factorial "
     "power mod modulo divided choose through until up down base then also again but yet e i pi sin cos tan ln log exp"
 ).split()
+# Words that could be products of variables, were they not behind a space.
+SMALL_WORDS = (
+    "is as at by in of to it if we he so no on do an be us me my up go or the for and are was all any can has had her "
+    "his our out not but you who did its let may now see way use how why too via per yet nor"
+).split()
 # What makes an answer a guess, and what begins an explanation of it.
-HEDGES = "or maybe perhaps possibly probably alternatively otherwise either might could versus vs unless instead nor"
+HEDGES = "or xor maybe perhaps possibly probably alternatively otherwise either might could versus vs unless instead nor"
 HEDGES = frozenset(HEDGES.split())
 EXPLAINING = (
     "because since as so which where when after for that assuming given with this these those thus therefore hence "
