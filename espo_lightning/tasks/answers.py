@@ -13,8 +13,9 @@ Two different answers are a hedge and none of them counts; they come back as one
 
 import re
 
-from espo_lightning.tasks.grammar import Tree, read
+from espo_lightning.tasks.grammar import read
 from espo_lightning.tasks.notation import LIMIT, form, plain
+from espo_lightning.tasks.trees import Tree
 from espo_lightning.tasks.vocabulary import EXPLAINING, FACTORS, HEDGES, NEVER_UNITS, NUMBER_WORDS, PARTS
 
 TEXT_LIMIT = 20_000  # characters of a completion that are read, from its end
@@ -32,8 +33,13 @@ _IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}.])-)?(?<![\w.,/])(?:{_DIGITS})(?:/[0-9]
 _CLOCK = re.compile(r"(?::[0-9]{2})?\s?[ap]\.?m\b", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)*])(\*{1,3}|_{2,3}|`)(?=\S)([^*`\n]{1,200}?)(?<=\S)\1(?![\w(*])")
 _SENTENCE = re.compile(r"[.?;](?:\s|$)|[.?;](?=[$*])")
-_CUT = re.compile(r"[.?;](?=[\s$*]|$)|,(?=\s*[A-Za-z])|\s\(|\s(?=[a-z.]{2,10}\b)|(?<=\s)[-–—](?=\s*[A-Za-z])|\[(?=[A-Za-z])")
+_CUT = re.compile(
+    r"[.?;](?=[\s$*]|$)|,(?=\s*[A-Za-z])|\s\(|\s(?=[a-z.]{2,10}\b)|(?<=\s)[-–—](?=\s*[A-Za-z])|\[(?=[A-Za-z])"
+)
 _OFFERS = re.compile(r"\W*(?:or|maybe|perhaps|possibly|probably|alternatively|otherwise)\b", re.IGNORECASE)
+_GUESS = r"\b(?:or|xor|maybe|perhaps|possibly|alternatively|versus|vs)\b|\\(?:vee|lor)\b"
+_EITHER = re.compile(rf"[0-9][^.!?\n]{{0,30}}(?:{_GUESS})[^.!?\n0-9]{{0,12}}$", re.IGNORECASE)
+_OR_ELSE = re.compile(rf"[^.!?\n]{{0,12}}?(?:{_GUESS})", re.IGNORECASE)
 CUTS = 40
 
 
@@ -121,7 +127,7 @@ def marked(text: str) -> str | None:
 def statement(rest: str) -> str:
     """The answer at the start of ``rest``: the longest beginning of its first line that reads as one."""
     rest = rest[: 2 * LIMIT].lstrip(" \t\r\n*_:#")
-    if display := re.match(r"(?:\$\$|\\\[)\s*(.{1,%d}?)\s*(?:\$\$|\\\])" % LIMIT, rest, re.DOTALL):
+    if display := re.match(r"(?:\$\$|\\\[)\s*(.{1,300}?)\s*(?:\$\$|\\\])", rest, re.DOTALL):
         rest = " ".join(display[1].split()) + rest[display.end() :]
     line, _, below = rest.partition("\n")
     line = _undecorated(line)
@@ -165,7 +171,9 @@ def _is_another(rest: str, answer: str) -> bool:
     if tree is None or form(piece) == form(answer) or _is_unit(piece):
         return False
     said = read(answer)
-    return tree[0] != "words" or piece.startswith("\\") or (said is not None and said[0] == "words" and " " not in piece)
+    return (
+        tree[0] != "words" or piece.startswith("\\") or (said is not None and said[0] == "words" and " " not in piece)
+    )
 
 
 def _is_unit(text: str) -> bool:
@@ -183,7 +191,7 @@ def _offered_below(below: str, answer: str) -> bool:
 def _undecorated(text: str) -> str:
     """Without the marks of Markdown around it."""
     text = _BOLD.sub(r"\2", text.strip())
-    return text.strip(" \t\r\n*_`\"").removesuffix("</answer>").strip()
+    return text.strip(' \t\r\n*_`"').removesuffix("</answer>").strip()
 
 
 def last_number(text: str) -> str | None:
@@ -193,7 +201,7 @@ def last_number(text: str) -> str | None:
         return None
     last = found[-1]
     before, after = text[max(0, last.start() - 40) : last.start()], text[last.end() : last.end() + 40]
-    if re.search(r"[0-9]\s*,?\s*(?:or|versus|vs\.?)(?:\s\w{1,8})?[\s$]*$", before):
+    if _EITHER.search(before) or _OR_ELSE.match(after):
         return None
     words = re.findall(r"[A-Za-z]+", after)[:3]
     if words[:1] and words[0].lower() in FACTORS and after[:1] == " ":
@@ -215,8 +223,9 @@ def copies(answer: str, question: str, gold: str) -> bool:
     if tree is None or form(answer) == form(gold):
         return False
     sides = tree[1:] if tree[0] == "=" else (tree,)
-    texts = _squeezed(answer).split("=") if tree[0] == "=" else [_squeezed(answer)]
-    asked = _squeezed(question)
+    texts, asked = _squeezed(answer).split("="), _squeezed(question)
+    if len(sides) > 1 and _stands_in(_squeezed(answer), asked):
+        return True
     claimed = [text for text, side in zip(texts, sides) if side[0] != "symbol"]
     return bool(claimed) and not any(map(_worked_out, sides)) and all(_stands_in(text, asked) for text in claimed)
 
@@ -227,7 +236,9 @@ def _worked_out(tree: Tree) -> bool:
     if kind in ("number", "words", "based"):
         return True
     if kind in ("-", "quantity", "list", "set", "sequence", "union", "compound", "in", "order"):
-        return all(_worked_out(part) or part[0] == "symbol" for part in parts if isinstance(part[0], str) and len(part) > 1)
+        return all(
+            _worked_out(part) or part[0] == "symbol" for part in parts if isinstance(part[0], str) and len(part) > 1
+        )
     return kind == "/" and parts[0][0] == parts[1][0] == "number"
 
 

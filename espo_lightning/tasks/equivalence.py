@@ -11,10 +11,12 @@ from fractions import Fraction
 import sympy
 from math_verify import verify
 
-DIGITS = 40
+DIGITS = 100
 Tree = Sequence
 CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "infty": sympy.oo}
-FUNCTIONS = {name: getattr(sympy, name) for name in "sin cos tan cot sec csc sinh cosh tanh log Abs floor ceiling".split()}
+_NAMES = ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "log", "Abs", "floor", "ceiling")
+FUNCTIONS = {name: getattr(sympy, name) for name in _NAMES}
+
 FUNCTIONS |= {f"arc{name}": getattr(sympy, f"a{name}") for name in ("sin", "cos", "tan")}
 SCALARS = {"number", "symbol", "+", "*", "/", "^", "-", "function", "log", "!", "binom", "matrix"}
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -37,7 +39,7 @@ def equal(gold: Tree, answer: Tree) -> bool:
     if gold[0] in SCALARS and answer[0] in SCALARS:
         return _same(value(gold), value(answer))
     if gold[0] == "based":  # the base may be left out, as a unit may
-        return answer[:2] == gold[:2] and answer[2:] == gold[2:] or answer == ["number", gold[1]]
+        return (answer[:2] == gold[:2] and answer[2:] == gold[2:]) or answer == ["number", gold[1]]
     if gold[0] != answer[0] or len(gold) != len(answer):
         return False
     match gold[0]:
@@ -76,11 +78,10 @@ def _settled(tree: Tree) -> Tree:
         if all(equal(sides[1], side) for side in sides[2:]):
             return ["=", sides[0], sides[-1]]
         raise Undefined("sides that are not equal")
-    if len(sides) == 2 and _variables(sides[0]) | _variables(sides[1]) and sides[0][0] in SCALARS:
-        if not equal(*sides):
-            return ["equation", *sides]
     if all(equal(a, b) for a, b in itertools.pairwise(sides)):
         return sides[-1]
+    if len(sides) == 2 and _variables(sides[0]) | _variables(sides[1]) and sides[0][0] in SCALARS:
+        return ["equation", *sides]
     raise Undefined("sides that are not equal")
 
 
@@ -103,11 +104,11 @@ def _relations(gold: Tree, answer: Tree) -> bool | None:
             return bool(_variables(gold[2])) and _proportional(gold, answer) is not None
         case "order", "order":
             return _same_order(gold, answer)
-        case ("in" | "ordered"), ("in" | "ordered"):
+        case (("in" | "ordered"), ("in" | "ordered")):
             return gold[1] == answer[1] and equal(gold[2], answer[2])
-        case ("in" | "ordered"), ("sequence" | "union" | "set"):
+        case (("in" | "ordered"), ("sequence" | "union" | "set")):
             return equal(gold[2], answer)
-        case ("sequence" | "union" | "set"), "in":
+        case (("sequence" | "union" | "set"), "in"):
             return equal(gold, answer[2])
         case "=", ("order" | "in" | "ordered"):
             return False
@@ -245,12 +246,18 @@ def value(tree: Tree, real: bool | None = None) -> sympy.Expr:
     if kind == "symbol":
         return CONSTANTS.get(parts[0]) or sympy.Symbol(parts[0], real=real or None)
     if kind == "function":
+        if parts[1][0] == "matrix":
+            raise Undefined("a function of a matrix")
         return FUNCTIONS[parts[0]](value(parts[1], real))
     if kind == "matrix":
         return sympy.Matrix([[value(cell, real) for cell in row[1:]] for row in parts])
     if kind not in SCALARS:
         raise Undefined(kind)
     values = [value(part, real) for part in parts]
+    shapes = [getattr(x, "shape", None) for x in values]
+    defined = {"-": True, "+": shapes[0] == shapes[-1], "*": None in shapes}
+    if any(shapes) and not defined.get(kind):
+        raise Undefined("arithmetic on matrices")
     match kind, values:
         case "+", [a, b]:
             return a + b

@@ -27,10 +27,11 @@ from typing import Literal
 
 from espo_lightning.tasks.answers import TEXT_LIMIT, boxed, boxes, copies, locate
 from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
-from espo_lightning.tasks.grammar import exact, read
+from espo_lightning.tasks.grammar import read
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
 from espo_lightning.tasks.notation import form
 from espo_lightning.tasks.rows import RowTask
+from espo_lightning.tasks.trees import exact
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 STALL = 30.0  # seconds of wall time until a worker that uses no processor time is given up
@@ -40,7 +41,6 @@ REQUESTS_PER_CHILD = 1000  # then it is replaced, as sympy's caches grow
 INNER = Path(__file__).with_name("maths_inner.py")
 Outcome = Literal["equal", "different", "failed", "timeout"]
 OUTCOMES: dict[int, Outcome] = {1: "equal", 0: "different", -1: "failed"}  # of `maths_inner`
-
 
 
 def verify_math(

@@ -71,7 +71,9 @@ if __name__ == "__main__":
     REPLIES = os.dup(1)  # whatever libraries print goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.path[:] = [*json.loads(sys.argv[2]), sys.path[-1]]  # the owner's
-    equivalent(["symbol", "x"], ["+", ["symbol", "x"], ["number", "0"]])  # imports and warms up what every child then shares
+    equivalent(
+        ["symbol", "x"], ["+", ["symbol", "x"], ["number", "0"]]
+    )  # imports and warms up what every child then shares
     status = 0
     while True:
         if (pid := os.fork()) == 0:

@@ -148,7 +148,12 @@ def form(text: str) -> str | None:
     except Unreadable:
         return None
     return "\x1f".join(
-        t.value if t.kind == "number" else t.value.lower() if t.kind in ("letters", "words") and len(t.value) > 1
-        else t.value if t.kind != "command" else f"\\{t.value}"
+        t.value
+        if t.kind == "number"
+        else t.value.lower()
+        if t.kind in ("letters", "words") and len(t.value) > 1
+        else t.value
+        if t.kind != "command"
+        else f"\\{t.value}"
         for t in found
     )

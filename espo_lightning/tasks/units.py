@@ -81,7 +81,10 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
             raise Unreadable(f"{word} behind a unit")
         words.append(word)
         last = place
-        if (name := UNITS.get(tokens[place].value) or UNITS.get(word)) and _word(tokens, place + 1) not in ("total", "all"):
+        if (name := UNITS.get(tokens[place].value) or UNITS.get(word)) and _word(tokens, place + 1) not in (
+            "total",
+            "all",
+        ):
             known.append(name)
         raised, place = _raised(tokens, place + 1)
         power = power or raised
@@ -93,7 +96,9 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
     ends = _is_listed(tokens[last]) or (len(words[-1]) > 3 and words[-1].endswith("s"))
     if not (ends and (plural or known or set(words) & set(IN_PLACE_OF_UNITS))):
         raise Unreadable("words that are no unit")
-    power = "^2" if {"sq", "square", "squared"} & set(words) else "^3" if {"cu", "cubic", "cubed"} & set(words) else power
+    power = (
+        "^2" if {"sq", "square", "squared"} & set(words) else "^3" if {"cu", "cubic", "cubed"} & set(words) else power
+    )
     known = [name for name in known if name not in COUNTED]
     rate = "/".join(known) if divided or "per" in words else " ".join(known)
     return RATES.get(rate, rate) + (power if known else ""), place

@@ -1,7 +1,12 @@
 """Tables of what answers are written with: signs, command names, functions, units, number words. Nothing but data."""
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi"
-GREEK = (*GREEK.split(), "omega")
+GREEK = (*_words(GREEK), "omega")
 CAPITALS = ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega")
 
 # Signs and how LaTeX writes them; the spaces keep neighbours apart.
@@ -26,8 +31,10 @@ SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
 
 # What people type without a backslash.
 KEYBOARD_SIGNS = {"**": "^", "<=": " \\le ", ">=": " \\ge ", "!=": " \\ne ", "+/-": " \\pm ", "->": " \\to "}
-KEYBOARD_NAMES = {name: name for name in (*GREEK, *CAPITALS)} | dict.fromkeys(("infinity", "infty", "inf", "oo"), "infty")
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp abs floor ceil sqrt".split()
+KEYBOARD_NAMES = {name: name for name in (*GREEK, *CAPITALS)} | dict.fromkeys(
+    ("infinity", "infty", "inf", "oo"), "infty"
+)
+FUNCTIONS = _words("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp abs floor ceil sqrt")
 
 # Commands that mean another; a value that starts with no letter is a sign.
 COMMANDS = {
@@ -39,11 +46,11 @@ COMMANDS = {
     **{"lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":", "lt": "<", "gt": ">"},
     **{"varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta", "imath": "i", "degree": "circ"},
 }
-SPACES = "quad qquad enspace thinspace ; : > ! , ( ) [ ] $ ~ displaystyle textstyle".split() + [" "]
-SIZES = "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr limits".split()
-WORDS = "text mathrm mbox textbf textit textrm mathbf operatorname hbox emph texttt mathit mathsf textnormal".split()
-CURRENCY_CODES = "USD EUR GBP INR JPY CNY AUD CAD CHF Rs".split()
-APPROXIMATE = "approximately about around roughly approx nearly exactly".split()
+SPACES = (*_words("quad qquad enspace thinspace ; : > ! , ( ) [ ] $ ~ displaystyle textstyle"), " ")
+SIZES = _words("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr limits")
+WORDS = _words("text mathrm mbox textbf textit textrm mathbf operatorname hbox emph texttt mathit mathsf textnormal")
+CURRENCY_CODES = _words("USD EUR GBP INR JPY CNY AUD CAD CHF Rs")
+APPROXIMATE = _words("approximately about around roughly approx nearly exactly")
 
 # How much a word multiplies the number before it, and which part of one it is.
 FACTORS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -52,10 +59,10 @@ FACTORS |= {f"{name}s": value for name, value in FACTORS.items()}
 PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
 PARTS |= {"ninth": 9, "tenth": 10, "twelfth": 12, "twentieth": 20, "hundredth": 100, "thousandth": 1000, "halve": 2}
 PARTS |= {f"{name}s": value for name, value in PARTS.items()}
-NUMBER_WORDS = (
+NUMBER_WORDS = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety once twice thrice double triple pair couple"
-).split()
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety once twice thrice double triple pair"
+)
 
 # Units by their names. A unit may be left out of an answer, but not contradict the gold answer's.
 _UNITS = """
@@ -71,28 +78,30 @@ rupee rupees|sq square|cu cubic|circ
 UNITS = {name: group.split()[0] for line in _UNITS.split("\n") for group in line.split("|") for name in group.split()}
 UNITS["circ"] = "degree"
 # Words that may stand beside a unit, words that may stand in its place, and nouns whose plural has no s.
-BESIDE_UNITS = (
-    "in sq square cu cubic per an a each of the all more every squared cubed away long tall high old wide deep new extra"
-).split()
-IN_PLACE_OF_UNITS = "total left altogether remaining overall each apiece more extra people men women children".split()
-IN_PLACE_OF_UNITS += "mice geese fish sheep money person man woman child".split()
+BESIDE_UNITS = _words(
+    "in sq square cu cubic per an a each of the all more every squared cubed away long tall high old wide deep new"
+)
+IN_PLACE_OF_UNITS = _words("total left altogether remaining overall each apiece more extra people men women children")
+IN_PLACE_OF_UNITS += _words("mice geese fish sheep money person man woman child")
 # Words that make another number of the one before them, or offer another answer: never part of a unit.
-NEVER_UNITS = (
+NEVER_UNITS = _words(
     "or and not but nor either neither maybe perhaps possibly probably alternatively otherwise between to versus vs "
     "than minus plus times over less fewer below above under negative positive even odd yes no true false none "
     "both undefined infinite prime composite respectively equals is are was if unless except instead root factorial "
     "power mod modulo divided choose through until up down base then also again but yet e i pi sin cos tan ln log exp"
-).split()
+)
 # Words that could be products of variables, were they not behind a space.
-SMALL_WORDS = (
+SMALL_WORDS = _words(
     "is as at by in of to it if we he so no on do an be us me my up go or the for and are was all any can has had her "
     "his our out not but you who did its let may now see way use how why too via per yet nor"
-).split()
+)
 # What makes an answer a guess, and what begins an explanation of it.
-HEDGES = "or xor maybe perhaps possibly probably alternatively otherwise either might could versus vs unless instead nor"
-HEDGES = frozenset(HEDGES.split())
+HEDGES = (
+    "or xor maybe perhaps possibly probably alternatively otherwise either might could versus vs unless instead nor"
+)
+HEDGES = frozenset(_words(HEDGES))
 EXPLAINING = (
     "because since as so which where when after for that assuming given with this these those thus therefore hence "
     "meaning i.e. in the he she it they we there by see using from rounded"
 )
-EXPLAINING = frozenset(EXPLAINING.split())
+EXPLAINING = frozenset(_words(EXPLAINING))
