@@ -298,7 +298,7 @@ def test_fuzz(ace, count):
         assert 0.0 <= scored["reward"] <= 2.0
         seen.update(key for key, value in scored.items() if value)
         if (index + 1) % (count // 6) == 0:
-            runners = [resident(pid) for pid in descendants(os.getpid()) if b"sandbox_inner" in command(pid)]
+            runners = [resident(pid) for pid in descendants(os.getpid()) if b"sandbox/inner.py" in command(pid)]
             memory.append((resident(), max(runners), len(runners)))
             print(index + 1, slowest, memory[-1], dict(seen))  # with -s, the long run reports its progress
     assert slowest < 2.0

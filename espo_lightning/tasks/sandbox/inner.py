@@ -13,6 +13,7 @@ the channel on which verdicts leave is not among its file descriptors. Standard 
 import contextlib
 import importlib
 import json
+import math
 import os
 import random
 import select
@@ -22,7 +23,7 @@ import sys
 import time
 import types
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for two imports: programs must not find this folder
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for these imports: programs must not find this folder
 from isolation import (
     LAYERS,
     PR_SET_CHILD_SUBREAPER,
@@ -37,11 +38,13 @@ from isolation import (
     seccomp,
     set_limits,
 )
-from peer import LENGTH, MESSAGE_LIMIT, OPERATIONS, Cut, Peer
+from peer import OPERATIONS, Cut, Peer
+from wire import LENGTH, MESSAGE_LIMIT
 
-del sys.path[0]
+del sys.path[0], sys.modules["isolation"], sys.modules["peer"], sys.modules["wire"]
 
 HEADER = struct.Struct("<dII")  # seconds for the job, megabytes of memory, bytes of the job; as in sandbox.py
+ALIASES = {"np": "numpy"}  # a name that tests use without an import, and its module
 STDOUT_LIMIT = 64 << 10  # bytes of output that are reported
 
 
@@ -75,12 +78,26 @@ def stub_numpy() -> types.ModuleType:
     """As much of numpy as the test scripts of HumanEval+ and MBPP+ use; real numpy is not in the sandbox."""
     module = types.ModuleType("numpy")
 
-    def allclose(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-        if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-            return len(a) == len(b) and all(allclose(x, y, rtol, atol) for x, y in zip(a, b))
-        return abs(a - b) <= atol + rtol * abs(b) or a == b
+    def allclose(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> bool:
+        rows = [isinstance(x, list | tuple) for x in (a, b)]
+        if all(rows):
+            a, b = (x * max(len(a), len(b)) if len(x) == 1 else x for x in (a, b))
+            if len(a) != len(b):
+                raise ValueError(f"operands could not be broadcast together with shapes ({len(a)},) ({len(b)},)")
+            return all(allclose(x, y, rtol, atol, equal_nan) for x, y in zip(a, b))
+        if any(rows):  # a number is compared with every element
+            return all(
+                allclose(x, y, rtol, atol, equal_nan)
+                for x, y in ([(x, b) for x in a] if rows[0] else [(a, y) for y in b])
+            )
+        if a != a or b != b:
+            return bool(equal_nan and a != a and b != b)
+        if abs(a) == float("inf") or abs(b) == float("inf"):
+            return bool(a == b)
+        return bool(abs(a - b) <= atol + rtol * abs(b))
 
-    module.allclose = allclose
+    module.allclose = module.isclose = allclose
+    module.inf, module.nan, module.pi = math.inf, math.nan, math.pi
     for name in ("ndarray", "float32", "float64"):
         setattr(module, name, type(name, (), {}))
     return module
@@ -101,7 +118,7 @@ def harness_main(job: dict, peer: Peer, report) -> None:
         # The tests see built-ins and standard modules of their own; from the program only the names they ask for.
         space: dict[str, object] = {"__name__": "tests"}
         for name in job["modules"]:
-            space[name] = importlib.import_module(name)
+            space[name] = importlib.import_module(ALIASES.get(name, name))
         space.update((name, value) for name, value in found.items() if name in job["exports"])
         if job["entry_point"]:
             space["candidate"] = found.get(job["entry_point"])

@@ -45,9 +45,9 @@ from typing import NamedTuple
 
 from espo_lightning.tasks.base import VerifierUnavailable
 from espo_lightning.tasks.sandbox.isolation import DISK_LIMIT
-from espo_lightning.tasks.sandbox.peer import LENGTH, MESSAGE_LIMIT
+from espo_lightning.tasks.sandbox.wire import LENGTH, MESSAGE_LIMIT
 
-INNER = [str(Path(__file__).with_name(f"{name}.py")) for name in ("inner", "isolation", "peer")]
+INNER = [str(Path(__file__).with_name(f"{name}.py")) for name in ("inner", "isolation", "peer", "wire")]
 HEADER = struct.Struct("<dII")  # seconds for the job, megabytes of memory, bytes of the job; as in inner.py
 BACKENDS = ("bwrap", "stdlib")
 SOURCE_LIMIT = 1 << 20  # characters of a program; longer ones are not run
