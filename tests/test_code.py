@@ -13,7 +13,9 @@ import datasets
 import pytest
 from processes import command, descendants, resident, scheduled
 
-from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
+from espo_lightning.tasks.checks import needed_names
+from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, judge
+from espo_lightning.tasks.programs import extract_code
 from espo_lightning.tasks.sandbox import run as sandbox
 
 DATA = Path(__file__).parent / "data"

@@ -338,7 +338,7 @@ DOORS = ("start processes", "signal others", "use the network", "list files", "r
 CONTAINED_ANYWHERE = (
     *("infinite loop", "sleep", "ignored signals", "memory bomb", "mmap bomb", "one large file", "output flood"),
     *("deep recursion", "deeper recursion", "os._exit", "environment", "a thread that outlives main", "thread bomb"),
-    "closing every descriptor",
+    *("closing every descriptor", "a bomb of threads with small stacks"),
 )
 
 

@@ -30,9 +30,11 @@ from isolation import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
+    TASK_LIMIT,
     drop_capabilities,
     enter_namespaces,
     landlock,
+    limit_tasks,
     mount_private,
     prctl,
     seccomp,
@@ -45,6 +47,7 @@ del sys.path[0], sys.modules["isolation"], sys.modules["peer"], sys.modules["wir
 
 HEADER = struct.Struct("<dII")  # seconds for the job, megabytes of memory, bytes of the job; as in sandbox.py
 ALIASES = {"np": "numpy"}  # a name that tests use without an import, and its module
+COUNT_EVERY = 0.02  # seconds between two looks at how many threads there are
 STDOUT_LIMIT = 64 << 10  # bytes of output that are reported
 
 
@@ -170,6 +173,9 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
         to_program, from_harness = os.pipe(), os.pipe()  # named by what the program's side does: write / read
         with contextlib.suppress(OSError):
             prctl(PR_SET_NO_NEW_PRIVS, 1)
+        if mode != "unsafe":
+            with contextlib.suppress(OSError, ValueError):
+                limit_tasks()
         layer(landlock, workdir)
         layer(drop_capabilities)
         with contextlib.suppress(OSError):
@@ -200,6 +206,18 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
         report(broken=f"{type(error).__name__}: {error}"[:300])
     finally:
         os._exit(0)
+
+
+def tasks_below(pid: int) -> int:
+    """Threads of a process and of its descendants, 0 where there is no /proc."""
+    count, found = 0, [pid]
+    while found:
+        task = f"/proc/{found.pop()}/task"
+        with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
+            count += os.stat(task).st_nlink - 2
+            with open(f"{task}/{task.split('/')[2]}/children") as file:
+                found += file.read().split()
+    return count
 
 
 def kill_descendants(group: int) -> None:
@@ -254,10 +272,14 @@ def runner_main(mode: str, workdir: str) -> None:
         poller = select.poll()
         poller.register(read, select.POLLIN)
         poller.register(jobs, 0)  # reports only that the owner is gone
-        while (left := deadline - time.monotonic()) > 0 and (ready := poller.poll(1000 * left)):
+        while (left := deadline - time.monotonic()) > 0 and tasks_below(group) <= TASK_LIMIT:
+            if not (ready := poller.poll(1000 * min(left, COUNT_EVERY))):
+                continue
             if ready[0][0] == jobs or not (part := os.read(read, 65536)) or len(events) > MESSAGE_LIMIT:
                 break
             events += part
+        if tasks_below(group) > TASK_LIMIT:
+            events += b'{"stopped": "crash", "error": "too many threads"}\n'
         os.close(read)
         kill_descendants(group)
         clean(workdir)
