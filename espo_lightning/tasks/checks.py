@@ -14,7 +14,7 @@ def split_tests(body: list[ast.stmt], defined: Sequence[ast.stmt] = ()) -> tuple
     """Statements as separate tests; what only prepares goes with the next test.
 
     A test asserts something, itself or by a function of ``defined`` or of its own that does; a ``print`` or a bare call
-    does not. Assertions of a constant are left out: some HumanEval tests hold ``assert True``, which any program passes.
+    does not. Assertions of a constant are left out: some HumanEval tests hold ``assert True``, which all programs pass.
     """
     tests, pending, asserting = [], [], asserting_functions([*defined, *body])
     for statement in body:
@@ -62,8 +62,8 @@ def needed_names(scripts: Sequence[str], defined: str = "") -> tuple[tuple[str, 
     """(exports, modules): names that the scripts must take from the program, and modules that they use.
 
     Built-ins and modules are never taken from a program, or it could replace ``all`` or ``np.allclose``; except that a
-    top-level name of the reference solution ``defined`` may shadow a built-in (MBPP asks for a function ``sum``). Nor is
-    what compares a result with the expected value, see `comparing_names`.
+    top-level name of the reference solution ``defined`` may shadow a built-in (MBPP asks for a function ``sum``). Nor
+    is what compares a result with the expected value, see `comparing_names`.
     """
     used, called, bound = set(), set(), set()
     for node in ast.walk(ast.parse("\n".join(scripts))):

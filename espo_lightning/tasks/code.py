@@ -42,8 +42,8 @@ def judge(
     passed: share of the tests passed, without those that a program that does nothing passes (`counting_tests`). exact:
     all passed. format: 0 no closed fence, 0.5 a fence whose code does not compile, 1 a fence that does. failed: 1 if a
     limit, a crash or the sandbox itself ended the run, timeout: 1 if that was the time limit; tests that were passed
-    before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence nothing is
-    executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
+    before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence nothing
+    is executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
 
     Raises:
         SandboxUnavailable: this host cannot isolate programs; no text of a model can cause it.
@@ -57,7 +57,7 @@ def judge(
     passed = 0.0
     if any(result.passed):
         counts = counting_tests(tests, *fixed.values(), allow_unsafe)
-        passed = sum(p for p, counted in zip(result.passed, counts) if counted) / sum(counts)
+        passed = sum(p for p, counted in zip(result.passed, counts) if counted) / max(1, sum(counts))
     form = 0.0 if code is None else 0.5 if result.status == "syntax" else 1.0
     return {
         "reward": passed + (form if format_gate else 0.0),
@@ -78,15 +78,12 @@ def counting_tests(
     entry_point: str,
     unsafe: bool,
 ) -> tuple[bool, ...]:
-    """Which tests a program that does nothing fails: functions that take anything and return None. Run once a problem.
-
-    All of them, if it passes all of them.
-    """
+    """Which tests a program that does nothing fails: functions that take anything and return None. Run once."""
     source = "".join(f"def {name}(*args, **kwargs): pass\n" for name in {*exports, entry_point} - {""})
     result = sandbox.shared(unsafe).test(
         source, tests, setup=setup, exports=exports, modules=modules, entry_point=entry_point, timeout=NOTHING_TIMEOUT
     )
-    return tuple(not passed or all(result.passed) for passed in result.passed)
+    return tuple(not passed for passed in result.passed)
 
 
 @dataclass(frozen=True)

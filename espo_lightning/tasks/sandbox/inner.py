@@ -126,7 +126,9 @@ def harness_main(job: dict, peer: Peer, report) -> None:
         if job["entry_point"]:
             space["candidate"] = found.get(job["entry_point"])
         exec(compile(job["setup"], "setup.py", "exec", dont_inherit=True), space)
-        space.update((name, value) for name, value in found.items() if name == job["entry_point"])
+        for name in job["exports"]:  # the program's, or none: never what the setup has under that name
+            space.pop(name, None)
+        space.update((name, value) for name, value in found.items() if name in job["exports"])
         for index, test in enumerate(job["tests"]):
             try:
                 exec(compile(test, "test.py", "exec", dont_inherit=True), space)
