@@ -32,9 +32,10 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1
 _IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}.])-)?(?<![\w.,/])(?:{_DIGITS})(?:/[0-9]{{1,40}})?(?![0-9])", re.ASCII)
 _CLOCK = re.compile(r"(?::[0-9]{2})?\s?[ap]\.?m\b", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)*])(\*{1,3}|_{2,3}|`)(?=\S)([^*`\n]{1,200}?)(?<=\S)\1(?![\w(*])")
+_PICTURES = re.compile("[\u2600-\u27bf\U0001f000-\U0001ffff\ufe0f]")  # a tick, a party
 _SENTENCE = re.compile(r"[.?;](?:\s|$)|[.?;](?=[$*])")
 _CUT = re.compile(
-    r"[.?;](?=[\s$*]|$)|,(?=\s*[A-Za-z])|\s\(|\s(?=[a-z.]{2,10}\b)|(?<=\s)[-–—](?=\s*[A-Za-z])|\[(?=[A-Za-z])"
+    r"[.?;](?=[\s$*]|$)|,(?=\s*[A-Za-z])|\s\(|\s(?=[a-z.]{2,10}\b)|(?<=\s)[-–—]{1,3}(?=\s*[A-Za-z])|\[(?=[A-Za-z])"
 )
 _OFFERS = re.compile(r"\W*(?:or|maybe|perhaps|possibly|probably|alternatively|otherwise)\b", re.IGNORECASE)
 _GUESS = r"\b(?:or|xor|maybe|perhaps|possibly|alternatively|versus|vs)\b|\\(?:vee|lor)\b"
@@ -190,7 +191,7 @@ def _offered_below(below: str, answer: str) -> bool:
 
 def _undecorated(text: str) -> str:
     """Without the marks of Markdown around it."""
-    text = _BOLD.sub(r"\2", text.strip())
+    text = _BOLD.sub(r"\2", _PICTURES.sub("", text).strip())
     return text.strip(' \t\r\n*_`"').removesuffix("</answer>").strip()
 
 

@@ -66,9 +66,9 @@ def _settled(tree: Tree) -> Tree:
     if _holds(tree, "plusminus"):
         tree = ["list", _signed(tree, False), _signed(tree, True)]
     if tree[0] == "either":
-        tree = ["list", *tree[1:]] if not _all_equal(tree[1:]) else _settled(tree[1])
-    if tree[0] == "list":
-        tree = _union_of_orders(tree)
+        tree = _settled(tree[1]) if _all_equal(tree[1:]) else _union_of_orders(["list", *tree[1:]])
+    if tree[0] == "approximate":
+        return _near(_settled(tree[1]), tree[2])
     if tree[0] == "order":
         return _as_set(tree) or tree
     if tree[0] != "=":
@@ -83,6 +83,16 @@ def _settled(tree: Tree) -> Tree:
     if len(sides) == 2 and _variables(sides[0]) | _variables(sides[1]) and sides[0][0] in SCALARS:
         return ["equation", *sides]
     raise Undefined("sides that are not equal")
+
+
+def _near(tree: Tree, decimal: Tree) -> Tree:
+    """An irrational number or a fraction that rounds to the decimal beside it. Raises Undefined for two numbers."""
+    exact = tree[2] if tree[0] == "=" else tree[1] if tree[0] == "quantity" else tree
+    if exact[0] == "number" or exact[0] not in SCALARS or _variables(exact):
+        raise Undefined("a number near another")
+    if abs(value(exact) - sympy.Rational(decimal[1])) > sympy.Rational(decimal[2]) / 2:
+        raise Undefined("a decimal that is not near")
+    return tree
 
 
 def _is_name(tree: Tree) -> bool:

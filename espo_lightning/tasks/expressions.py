@@ -5,7 +5,7 @@ from fractions import Fraction
 from espo_lightning.tasks.notation import Token, Unreadable
 from espo_lightning.tasks.trees import INFINITY, SCALARS, Cursor, Tree, exact
 from espo_lightning.tasks.units import NO_UNIT, degree_at, scaled_at, unit_at
-from espo_lightning.tasks.vocabulary import CAPITALS, FUNCTIONS, GREEK, KEYBOARD_NAMES, SMALL_WORDS
+from espo_lightning.tasks.vocabulary import CAPITALS, FUNCTIONS, GREEK, INVERSES, KEYBOARD_NAMES, SMALL_WORDS
 
 DEPTH = 40  # levels of brackets
 CONSTANTS = {"pi", "e", "i", "infty"}
@@ -299,7 +299,7 @@ class Expressions(Cursor):
             return ("matrix", *rows)
 
     def function(self, name: str) -> Tree:
-        power = self.argument() if self.accept("^") else None
+        name, power = INVERSES.get(name, name), self.argument() if self.accept("^") else None
         if name == "sqrt":
             index = ("number", "2")
             if self.accept("["):

@@ -7,15 +7,15 @@ matrix, or words. A tree is a tuple of its kind and its parts, plain data that c
     plusminus sign a                                                   (scalars)
     quantity a unit | compound quantities ... | based digits base | words text | ratio a b ...
     list a ... | either a ... | set a ... | sequence open close a ... | union a ... | matrix row ... (a row: row a ...)
-    = a ... | order signs a ... | in name a
+    = a ... | order signs a ... | in name a | approximate a decimal
 """
 
 from functools import lru_cache
 
-from espo_lightning.tasks.expressions import Expressions
+from espo_lightning.tasks.expressions import CONSTANTS, Expressions
 from espo_lightning.tasks.notation import Unreadable, tokens
 from espo_lightning.tasks.trees import Tree
-from espo_lightning.tasks.vocabulary import APPROXIMATE, CURRENCY_CODES, FUNCTIONS, KEYBOARD_NAMES
+from espo_lightning.tasks.vocabulary import APPROXIMATE, CURRENCY_CODES, FUNCTIONS, KEYBOARD_NAMES, SMALL_WORDS
 
 ORDERS = {"<": "<", ">": ">", "le": "<=", "ge": ">="}
 
@@ -55,7 +55,9 @@ class _Answers(Expressions):
         return all(t.kind in ("letters", "words") for t in self.tokens) and any(t.value not in short for t in long)
 
     def item(self) -> Tree:
-        if self.word() in APPROXIMATE or self.at("approx", "sim"):
+        if self.peek().kind == "letters" and self.peek().value in SMALL_WORDS and self.peek(1).kind != "sign":
+            raise Unreadable("prose")
+        if self.word() in APPROXIMATE or self.at("approx"):
             self.place += 1
             self.accept(".")
         if self.peek().value in CURRENCY_CODES and self.peek(1).kind == "number":
@@ -64,15 +66,29 @@ class _Answers(Expressions):
         while self.at("=", "in", *ORDERS):
             signs.append(self.take().value)
             sides.append(self.side())
+        if self.accept("approx"):
+            return (
+                "approximate",
+                ("=", *sides) if signs == ["="] * len(signs) and signs else sides[-1],
+                self.decimal(),
+            )
         if not signs:
             return sides[0]
         if set(signs) == {"="}:
             return ("=", *sides)
-        if signs == ["in"] and sides[0][0] == "symbol":
+        if signs == ["in"] and sides[0][0] == "symbol" and sides[0][1] not in CONSTANTS:
             return ("in", sides[0][1], sides[1])
         if "in" in signs or "=" in signs:
             raise Unreadable("mixed relations")
         return ("order", tuple(ORDERS[sign] for sign in signs), *sides)
+
+    def decimal(self) -> Tree:
+        """The decimal that an exact value is near: its value and its last digit's."""
+        token, written = self.peek(), self.peek().text
+        tree = self.side()
+        if token.kind != "number" or tree[0] not in ("number", "quantity") or "." not in written:
+            raise Unreadable("not near a decimal")
+        return ("decimal", token.value, f"1/{10 ** len(written.split('.')[1])}")
 
     def side(self) -> Tree:
         """One side of a relation: an object with at most a unit."""

@@ -67,6 +67,8 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
     """
     if _values(tokens, place, 1) == ["%"] or _word(tokens, place) in ("percent", "percentage", "pct"):
         return "%", place + 1
+    if [_word(tokens, place + n) for n in range(2)] == ["per", "cent"]:
+        return "%", place + 2
     if degrees := degree_at(tokens, place):
         scale = _word(tokens, place + degrees)
         return ("degree", place + degrees) if scale not in ("c", "f") else (f"degree {scale}", place + degrees + 1)
@@ -123,7 +125,7 @@ def _begins(tokens: Sequence[Token], place: int, first: Token, tree: tuple) -> b
         return True
     if known and not _has_variable(tree):
         return True
-    noun = len(word) > 3 or (len(word) == 3 and len(_word(tokens, place + 1)) > 3)
+    noun = len(word) > 3 or ((len(word) == 3 or word in BESIDE_UNITS) and len(_word(tokens, place + 1)) > 3)
     return first.space and (noun or word in IN_PLACE_OF_UNITS) and not _has_variable(tree)
 
 

@@ -18,7 +18,16 @@ UNICODE = {
     **{"∓": " \\mp ", "∪": " \\cup ", "∩": " \\cap ", "∞": " \\infty ", "∅": " \\emptyset ", "∠": " \\angle "},
     **{"√": " \\sqrt ", "∛": " \\sqrt[3] ", "∨": " \\vee ", "∧": " \\wedge ", "→": " \\to ", "…": " \\ldots "},
     **{"⟨": " \\langle ", "⟩": " \\rangle ", "⌊": " \\lfloor ", "⌋": " \\rfloor ", "⌈": " \\lceil ", "⌉": " \\rceil "},
-    **{"°": "^\\circ ", "′": "'", "’": "'", "€": " \\$ ", "£": " \\$ ", "¥": " \\$ ", "₹": " \\$ "},
+    **{
+        "°": "^\\circ ",
+        "′": "'",
+        "’": "'",
+        "€": " \\$ ",
+        "£": " \\$ ",
+        "¥": " \\$ ",
+        "₹": " \\$ ",
+        "¢": " \\text{cents} ",
+    },
     **{chr(0xFF01 + n): chr(0x21 + n) for n in range(94)},  # full-width forms of ASCII
     **{sign: f" \\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψω", GREEK)},
     **{sign: f" \\{name} " for sign, name in zip("ΓΔΘΛΞΣΦΨΩ", CAPITALS)},
@@ -34,7 +43,10 @@ KEYBOARD_SIGNS = {"**": "^", "<=": " \\le ", ">=": " \\ge ", "!=": " \\ne ", "+/
 KEYBOARD_NAMES = {name: name for name in (*GREEK, *CAPITALS)} | dict.fromkeys(
     ("infinity", "infty", "inf", "oo"), "infty"
 )
-FUNCTIONS = _words("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp abs floor ceil sqrt")
+INVERSES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
+FUNCTIONS = _words(
+    "asin acos atan sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp abs floor ceil sqrt"
+)
 
 # Commands that mean another; a value that starts with no letter is a sign.
 COMMANDS = {
@@ -46,10 +58,13 @@ COMMANDS = {
     **{"lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":", "lt": "<", "gt": ">"},
     **{"varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta", "imath": "i", "degree": "circ"},
 }
-SPACES = (*_words("quad qquad enspace thinspace ; : > ! , ( ) [ ] $ ~ displaystyle textstyle"), " ")
+SPACES = (
+    *_words("quad qquad enspace thinspace ; : > ! , ( ) [ ] $ ~ displaystyle textstyle pounds euro yen textdollar"),
+    " ",
+)
 SIZES = _words("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr limits")
 WORDS = _words("text mathrm mbox textbf textit textrm mathbf operatorname hbox emph texttt mathit mathsf textnormal")
-CURRENCY_CODES = _words("USD EUR GBP INR JPY CNY AUD CAD CHF Rs")
+CURRENCY_CODES = _words("US AU CA USD EUR GBP INR JPY CNY AUD CAD CHF Rs")
 APPROXIMATE = _words("approximately about around roughly approx nearly exactly")
 
 # How much a word multiplies the number before it, and which part of one it is.
@@ -79,7 +94,7 @@ UNITS = {name: group.split()[0] for line in _UNITS.split("\n") for group in line
 UNITS["circ"] = "degree"
 # Words that may stand beside a unit, words that may stand in its place, and nouns whose plural has no s.
 BESIDE_UNITS = _words(
-    "in sq square cu cubic per an a each of the all more every squared cubed away long tall high old wide deep new"
+    "us in sq square cu cubic per an a each of the all more every squared cubed away long tall high old wide deep new"
 )
 IN_PLACE_OF_UNITS = _words("total left altogether remaining overall each apiece more extra people men women children")
 IN_PLACE_OF_UNITS += _words("mice geese fish sheep money person man woman child")
