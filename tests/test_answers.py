@@ -263,6 +263,7 @@ TEXTS = {
         ("The answer is 18 hundredths.", "18", 0),
     ],
     "remarks behind the answer": [
+        ("So $\\boxed{17}$. 24 hours are a day.", "17", 1), ("The answer is 17. 3 of them are red.", "17", 1),
         ("#### 17 -- done", "17", 1), ("#### 17 ✅", "17", 1), ("#### 17, as required", "17", 1),
         ("The answer is 17 ✓.", "17", 1),
         ("#### 17 (see above)", "17", 1), ("The answer is 17, because 3 are left.", "17", 1),

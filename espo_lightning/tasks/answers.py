@@ -162,8 +162,9 @@ def _harmless(tail: str, head: str) -> bool:
 
 def _is_another(rest: str, answer: str) -> bool:
     """Does ``rest`` begin with an answer of its own: a number, or a sentence that is mathematics and nothing else?"""
-    rest = re.sub(r"^(?:[\s$*,;/|&.!?:)\]]|\\[,;: )\]$]|\\q?quad(?![A-Za-z]))+", "", rest)
-    if re.match(r"(?:\\[$(\[]|[\s({\[])*[-+]?[0-9]", rest):
+    between = re.match(r"(?:[\s$*,;/|&.!?:)\]]|\\[,;: )\]$]|\\q?quad(?![A-Za-z]))*", rest)[0]
+    rest = rest[len(between) :]
+    if not re.search(r"[.!?]", between) and re.match(r"(?:\\[$(\[]|[\s({\[])*[-+]?[0-9]", rest):
         return True
     piece = _SENTENCE.split(_undecorated(rest))[0]
     if piece[:1] == "{" and piece[-1:] == "}":

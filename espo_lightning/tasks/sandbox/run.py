@@ -5,13 +5,13 @@ a Python program can try, but not that it carries a kernel exploit.
 
 * It must not harm the machine: no network, no file outside a private directory read or written (except the Python
   standard library and shared objects, read-only), no new processes, no signals, no ptrace; limits on CPU, wall time,
-  memory, threads, open files, file size, disk and output; the tree is killed whole after every job. What it can still learn with
-  the ``stdlib`` backend is whether a path outside exists and its size (``os.stat``), never its content.
+  memory, threads, open files, file size, disk and output; the tree is killed whole after every job. What it can still
+  learn with the ``stdlib`` backend is whether a path outside exists and its size (``os.stat``), never its content.
 * It must not fake a reward: printing, exiting, patching built-ins or returning objects that equal everything do not
   help. Tests run in a second process, the harness. From the program it gets values only, as plain data over a pipe;
   the program never sees tests or expected values, and verdicts leave on a channel that it has no descriptor of.
-  `inner` describes the processes, `wire` the values. What remains possible is what remains in any test: being right on the cases
-  that are tested. Consequence: an object of a class that the program defines compares by identity in a test.
+  `inner` describes the processes, `wire` the values. What remains possible is what remains in any test: being right on
+  the cases that are tested. Consequence: an object of a class that the program defines compares by identity in a test.
 
 Backends, in the order tried; each must pass `PROBE`, a program that tries the doors, before it is used:
 
