@@ -9,21 +9,25 @@ all processes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True)
+class Scores:
     """Log-probabilities of B completions of L tokens on M mask draws, all on the same masks.
 
-    new: [M, B, L] nats, under the policy, with its graph; 0 where a position is not scored.
-    old: [M, B, L], under the policy that decoded them; None if the objective does not ask for it.
-    ref: [M, B, L], under the reference; None likewise.
-    weight: [M, B, L], the likelihood's; 0 = not scored. A completion's score, in nats per sequence, is
-        ``(weight * new).sum(-1).mean(0)``.
-    length: int64 [B], tokens up to and including the first end-of-text token.
+    Args:
+        new: [M, B, L] nats, under the policy, with its graph; 0 where a position is not scored.
+        old: [M, B, L], under the policy that decoded them; None if the objective does not ask for it.
+        ref: [M, B, L], under the reference; None likewise.
+        weight: [M, B, L], the likelihood's; 0 = not scored. A completion's score, in nats per sequence, is
+            ``terms.sum(-1).mean(0)``.
+        length: int64 [B], tokens up to and including the first end-of-text token.
     """
 
     new: Tensor
@@ -37,9 +41,14 @@ class Scores(NamedTuple):
         """Which positions a draw scores: bool [M, B, L]."""
         return self.weight != 0
 
+    @cached_property
+    def terms(self) -> Tensor:
+        """Weighted log-probabilities under the policy: [M, B, L]."""
+        return self.weight * self.new
+
     def delta(self, to: Tensor) -> Tensor:
         """Weighted log-ratio of every position to other log-probabilities: [M, B, L] -> [M, B, L]."""
-        return self.weight * self.new - self.weight * to
+        return self.terms - self.weight * to
 
 
 def alike(length: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def token_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
 
 def scored_token_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
     """A ratio for every scored token, the draws averaged (d1, arXiv:2504.12216; DiffuCoder, 2506.20639); U = L."""
-    scored = scores.scored.any(0)
-    return scores.delta(scores.old).mean(0), scored / scored.sum(-1, keepdim=True).clamp(min=1)
+    log_ratio, scored = scores.delta(scores.old).mean(0), scores.scored.any(0).to(scores.new.dtype)
+    return log_ratio, scored / scored.sum(-1, keepdim=True).clamp(min=1)
 
 
 def view_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
@@ -37,5 +37,6 @@ def view_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
     Each draw counts 1/M, each of its scored tokens alike.
     """
     log_ratio = torch.where(scores.scored, scores.new - scores.old, 0.0)
-    weight = scores.scored / scores.scored.sum(-1, keepdim=True).clamp(min=1) / len(scores.scored)
+    scored = scores.scored.to(log_ratio.dtype)
+    weight = scored / scored.sum(-1, keepdim=True).clamp(min=1) / len(scored)
     return log_ratio.movedim(0, 1).flatten(1), weight.movedim(0, 1).flatten(1)

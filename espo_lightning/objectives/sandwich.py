@@ -25,8 +25,8 @@ def upper_bound(scores: Scores, log_probs: Tensor, power: float) -> Tensor:
     leaves the bound; as the logarithm of a mean of M draws it is biased for small M.
     """
     scored, ever = scores.scored, scores.scored.any(0)
-    share = scores.length.unsqueeze(0) / scored.sum(-1).clamp(min=1)  # |y| / k_t, [M, B]
-    terms = power * log_probs + share.to(log_probs.dtype).log().unsqueeze(-1)
+    share = scores.length.to(log_probs.dtype) / scored.sum(-1).clamp(min=1)  # |y| / k_t, [M, B]
+    terms = power * log_probs + share.log().unsqueeze(-1)
     # where no draw scores a position every term is -inf, whose gradient is NaN: put 0 there, and leave it out
     terms = terms.masked_fill(~scored, -math.inf).masked_fill(~ever, 0.0)
     log_mean = terms.logsumexp(0) - math.log(len(terms))
