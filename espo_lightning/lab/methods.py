@@ -68,10 +68,9 @@ def read_method(path: str | Path, *changes: str) -> Method:
     """
     settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model", {})
     names = {field.name for field in fields(Method)}
+    others = set(signature(ESPOModule).parameters) - names
     parser = ArgumentParser()
-    parser.add_class_arguments(
-        ESPOModule, "model", skip=set(signature(ESPOModule).parameters) - names, instantiate=False
-    )
+    parser.add_class_arguments(ESPOModule, "model", skip=others, instantiate=False)
     parser.add_argument("--config", action="config")
     known = {"model": {key: value for key, value in settings.items() if key in names}}
     flags = [change.replace("--", "--model.", 1) for change in changes]
