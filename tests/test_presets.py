@@ -49,7 +49,7 @@ def train(batches: int = 2, task=None, **settings) -> tuple[torch.Tensor, Metric
     policy = settings.pop("policy", small_policy)()
     module, metrics = small_module(policy, **SGD | settings), Metrics()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # such as a gradient that is not finite
+        warnings.filterwarnings("error", message=".*the gradient is NaN or infinite")
         fit(module, batches, task=task, callbacks=[metrics])
     return parameters(module), metrics
 
