@@ -9,6 +9,7 @@ import torch
 from checkpoints import golden_folder
 
 from espo_lightning import Masks, Prompts, Sandwich, Scores, load_policy, log_probs
+from espo_lightning.lab.method_table import page
 from espo_lightning.lab.methods import Method, read_method
 from espo_lightning.objectives.kl import k1
 from espo_lightning.objectives.sandwich import lower_bound, upper_bound
@@ -212,3 +213,30 @@ def test_bounds_stay_finite_for_improbable_tokens_and_positions_that_no_draw_sco
         assert value.isfinite().all()
         assert grad.isfinite().all()
         assert not grad[:, :, 3:].any()
+
+
+# ---- the page and its entry point -----------------------------------------------------------------------------------
+
+
+def test_the_page_of_methods_is_what_the_presets_say():
+    made = page(ROOT / "experiments" / "methods")
+    text = (ROOT / "docs" / "methods.md").read_text()
+    assert text == made, "python -m espo_lightning.lab.method_table experiments/methods > docs/methods.md"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_where_it_comes_from_and_what_it_departs_from(name):
+    path = ROOT / "experiments" / "methods" / f"{name}.yaml"
+    head = path.read_text().partition("\nmodel:")[0]
+    assert f"--config experiments/methods/{name}.yaml" in head
+    assert "https://github.com/" in head
+    for mark in ("arXiv:", "Official (", "Departs:"):
+        assert mark in head, mark
+    assert len(path.read_text().partition("\nmodel:")[2].splitlines()) <= 15
+
+
+def test_a_preset_takes_changes_as_flags():
+    method = read_method(ROOT / "experiments" / "methods" / "spg.yaml", "--objective.score.mix=0.25", "--updates=3")
+    assert (method.objective.score.mix, method.updates) == (0.25, 3)
+    with pytest.raises(SystemExit):
+        read_method(ROOT / "experiments" / "methods" / "spg.yaml", "--objective.beta=1")

@@ -27,8 +27,8 @@ PAGE = """# Methods
 
 One page for every preset in [`experiments/methods`](../experiments/methods), generated from them by
 `python -m espo_lightning.lab.method_table experiments/methods > docs/methods.md`; a test compares. A method is a mask
-law (which states of a completion are scored), an advantage, and an objective; everything else is shared. Their losses and
-gradients equal the official code's to 1e-12 (`tests/test_methods.py`), with the departures that each preset names.
+law (which states of a completion are scored), an advantage, and an objective; everything else is shared. Their losses
+and gradients equal the official code's to 1e-12 (`tests/test_methods.py`), with the departures that each preset names.
 
 {table}
 
@@ -38,8 +38,8 @@ completion weighs in the mean. Arguments that have their default are not shown.
 ## What a rollout costs
 
 Forward passes per completion and rollout on the default canvas of 16 tokens, decoded in 16 steps, from the cost model,
-which `tests/test_cost.py` holds against counted passes. An update runs its forwards with gradient; a backward pass costs
-about two more.
+which `tests/test_cost.py` holds against counted passes. An update runs its forwards with gradient; a backward pass
+costs about two more.
 
 {forwards}
 
@@ -121,7 +121,7 @@ def section(path: Path) -> str:
         text = re.sub(rf"\s*\b{mark}", f"\n\n**{mark}**", text, count=1)
     text = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
     text = re.sub(r"(?<![(\w])(https://github\.com/[\w./-]+)", r"<\1>", text)
-    return f"### {name}\n\n{sentence}\n\n`experiments/methods/{path.name}`. {text.strip()}\n"
+    return f"### {name}\n\n{sentence[0].upper()}{sentence[1:]}\n\n`experiments/methods/{path.name}`. {text.strip()}\n"
 
 
 def page(folder: Path) -> str:
