@@ -77,7 +77,9 @@ def small_method(method: Method) -> dict:
     if isinstance(likelihood, BlockViews):
         likelihood = replace(likelihood, block=2)
     settings = {"objective": method.objective, "advantage": method.advantage, "likelihood": likelihood}
-    return {"policy": uneven_policy, "updates": min(method.updates, 3), **settings}
+    # a step at which no loss diverges, where roundings would grow
+    sgd = {"optimizer": partial(torch.optim.SGD, lr=0.2)}
+    return {"policy": uneven_policy, "updates": min(method.updates, 3), **settings, **sgd}
 
 
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "warmup": 6}
