@@ -80,6 +80,7 @@ BOXES = {
         ("\\begin{pmatrix}10^{-20}\\end{pmatrix}", "\\begin{pmatrix}0\\end{pmatrix}", 0),
     ],
     "decimals are exact too": [
+        ("-\\sqrt3 \\approx -1.73", "-\\sqrt3", 1), ("x < \\sqrt3 \\approx 1.73", "\\sqrt3", 0),
         ("\\sqrt3 \\approx 1.732", "\\sqrt3", 1), ("\\sqrt3 \\approx 1.8", "\\sqrt3", 0),
         ("\\sqrt3 \\approx 1.732", "1.732", 0), ("17 \\approx 17.1", "17", 0), ("17.0 \\approx 17.1", "17", 0),
         ("x = \\sqrt3 \\approx 1.73", "\\sqrt3", 1), ("\\frac13 \\approx 0.333", "\\frac13", 1),
@@ -263,6 +264,8 @@ TEXTS = {
         ("The answer is 18 hundredths.", "18", 0),
     ],
     "remarks behind the answer": [
+        ("The answer is 5 cookies per friend, with 2 left over.", "5", 1), ("The answer is therefore 17.", "17", 1),
+        ("The answer is thus 17 or 18.", "17", 0), ("The answer is simply $17$.", "17", 1),
         ("So $\\boxed{17}$. 24 hours are a day.", "17", 1), ("The answer is 17. 3 of them are red.", "17", 1),
         ("#### 17 -- done", "17", 1), ("#### 17 ✅", "17", 1), ("#### 17, as required", "17", 1),
         ("The answer is 17 ✓.", "17", 1),

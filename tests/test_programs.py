@@ -215,7 +215,8 @@ CROSSING = [
     "assert list(value('values')) == [2] and len(value('values')) == 1",
     "assert isinstance(value('bytearray'), bytearray) and value('bytearray') == b'ab'",
     (
-        "p = value('point'); assert p == (1, 2) and p.x == 1 and "
+        "assert repr(value('point')) == 'Point(x=1, y=2)'",
+    "p = value('point'); assert p == (1, 2) and p.x == 1 and "
         "p._fields == ('x', 'y') and p._asdict() == {'x': 1, 'y': 2}"
     ),
     "assert value('uuid') == uuid.UUID(int=5) and value('path') == pathlib.PurePath('a/b')",

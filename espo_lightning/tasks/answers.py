@@ -25,6 +25,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}(?:(\{)|([0-9A-Za-z])(?![0-9A-Za-z.])
 _DIVIDER = re.compile(r"(?:[\s$*]|\\[()\[\],;: ]|\\q?quad|\\text\{|\})*")
 _MARKER = re.compile(
     r"####|(?<![A-Za-z])answers?(?:\s{1,4}to\s(?:the|this)\s(?:problem|question))?[*_]{0,3}\s{0,4}(?:is|are|:|=)(?:\s{0,4}:)?"
+    r"(?:\s(?:therefore|thus|hence|then|simply|just)\b,?)?"
     r"|^[#*_ ]{1,8}(?:final\s)?answer[*_ ]{0,4}$",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -66,12 +66,8 @@ class _Answers(Expressions):
         while self.at("=", "in", *ORDERS):
             signs.append(self.take().value)
             sides.append(self.side())
-        if self.accept("approx"):
-            return (
-                "approximate",
-                ("=", *sides) if signs == ["="] * len(signs) and signs else sides[-1],
-                self.decimal(),
-            )
+        if set(signs) <= {"="} and self.accept("approx"):
+            return ("approximate", ("=", *sides) if signs else sides[0], self.decimal())
         if not signs:
             return sides[0]
         if set(signs) == {"="}:
@@ -84,11 +80,12 @@ class _Answers(Expressions):
 
     def decimal(self) -> Tree:
         """The decimal that an exact value is near: its value and its last digit's."""
+        sign = "-" if self.accept("-") else ""
         token, written = self.peek(), self.peek().text
         tree = self.side()
         if token.kind != "number" or tree[0] not in ("number", "quantity") or "." not in written:
             raise Unreadable("not near a decimal")
-        return ("decimal", token.value, f"1/{10 ** len(written.split('.')[1])}")
+        return ("decimal", sign + token.value, f"1/{10 ** len(written.split('.')[1])}")
 
     def side(self) -> Tree:
         """One side of a relation: an object with at most a unit."""

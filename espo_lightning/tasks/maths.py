@@ -235,7 +235,9 @@ class GSM8K(MathTask):
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         row = self.row(split, seed, index)
-        reasoning, gold = str(row["answer"]).rsplit("####", 1)
+        reasoning, marker, gold = str(row["answer"]).rpartition("####")
+        if not (marker and gold.strip()):
+            raise ValueError(f"GSM8K row without an answer behind ####: {str(row['question'])[:80]!r}")
         gold = gold.strip().replace(",", "")
         answer = re.sub(r"<<[^<>]*>>", "", reasoning).strip() + f"\n\\boxed{{{gold}}}"  # without calculator marks
         question = str(row["question"])

@@ -16,9 +16,8 @@ _LATE = re.compile(r"(?<!`)`{3,}[A-Za-z0-9]*[ \t]*$")
 _EARLY = re.compile(
     rf"^[ \t]*`{{3,}}(?![ \t]*(?:{'|'.join(LABELS[1:])})\b)(?=[ \t]+[^`\s{{][^`]*$|[.,;:!?)][^`]*$)", re.IGNORECASE
 )
-_DEEP = re.compile(
-    r"^(?:[ \t]*(?:>|[-+*](?=[ \t])|[0-9]{1,9}[.)](?=[ \t]))){6,}", re.MULTILINE
-)  # takes minutes to parse
+# Levels of nesting in one line that take minutes to parse.
+_DEEP = re.compile(r"^(?:[ \t]*(?:>|[-+*](?=[ \t])|[0-9]{1,9}[.)](?=[ \t]))){6,}", re.MULTILINE)
 _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+(?:\([^)]*\)|[^\n;]*)(?:;|$)", re.MULTILINE)
 
 

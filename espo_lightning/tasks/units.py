@@ -95,7 +95,7 @@ def unit_at(tokens: Sequence[Token], place: int, tree: tuple) -> tuple[str | Non
         if _values(tokens, place, 1) == ["/"] and UNITS.get(_word(tokens, place + 1)):
             place, divided = place + 1, True
     plural = any(len(word) > 3 and word.endswith("s") and not word.endswith("ss") for word in words)
-    ends = _is_listed(tokens[last]) or (len(words[-1]) > 3 and words[-1].endswith("s"))
+    ends = _is_listed(tokens[last]) or (len(words[-1]) > 3 and (words[-1].endswith("s") or words[-2:-1] == ["per"]))
     if not (ends and (plural or known or set(words) & set(IN_PLACE_OF_UNITS))):
         raise Unreadable("words that are no unit")
     power = (

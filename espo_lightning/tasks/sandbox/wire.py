@@ -64,30 +64,11 @@ TYPES = {
 TYPES |= {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 # Where the exceptions live that programs raise and tests catch, by the ``__module__`` that they say they have.
 ERROR_MODULES = (
-    *(
-        "builtins",
-        "_csv",
-        "_queue",
-        "_struct",
-        "asyncio.exceptions",
-        "binascii",
-        "calendar",
-        "concurrent.futures._base",
-    ),
-    *("configparser", "copy", "csv", "dataclasses", "decimal", "email.errors", "http.client", "inspect", "ipaddress"),
-    *("json.decoder", "pickle", "queue", "re", "shutil", "socket", "sqlite3", "ssl", "statistics", "string", "struct"),
-    *(
-        "subprocess",
-        "tarfile",
-        "tokenize",
-        "urllib.error",
-        "uuid",
-        "xml.etree.ElementTree",
-        "zipfile",
-        "zlib",
-        "zoneinfo",
-    ),
-)
+    "builtins", "_csv", "_queue", "_struct", "asyncio.exceptions", "binascii", "calendar", "concurrent.futures._base",
+    "configparser", "copy", "csv", "dataclasses", "decimal", "email.errors", "http.client", "inspect", "ipaddress",
+    "json.decoder", "pickle", "queue", "re", "shutil", "socket", "sqlite3", "ssl", "statistics", "string", "struct",
+    "subprocess", "tarfile", "tokenize", "urllib.error", "uuid", "xml.etree.ElementTree", "zipfile", "zlib", "zoneinfo",
+)  # fmt: skip
 
 
 def _pairs(value: dict) -> list:
@@ -107,6 +88,7 @@ def _named(name: str, fields: Sequence[str], items: Sequence[object]) -> tuple:
     """A tuple whose fields have names, as a namedtuple has, without the code that namedtuple compiles."""
     space = {str(f): property(operator.itemgetter(n)) for n, f in enumerate(fields) if not str(f).startswith("_")}
     space |= {"_fields": tuple(fields), "_asdict": lambda self: dict(zip(self._fields, self)), "__slots__": ()}
+    space["__repr__"] = lambda self: f"{name}({', '.join(f'{f}={x!r}' for f, x in zip(fields, self))})"
     return type(str(name), (tuple,), space)(items)
 
 
