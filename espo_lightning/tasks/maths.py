@@ -32,6 +32,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
+from espo_lightning.tasks.files import Row
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
 from espo_lightning.tasks.rows import RowTask
 
@@ -276,8 +277,12 @@ class GSM8K(RowTask):
     NEEDED = ("question", "answer")
     HUB = MappingProxyType({split: ("openai/gsm8k", "main", split) for split in ("train", "test")})
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        row = self.row(split, seed, index)
+    def check_row(self, row: Row) -> None:
+        super().check_row(row)
+        if not row["answer"].rpartition("####")[2].strip() or "####" not in row["answer"]:
+            raise ValueError(f"has an 'answer' without a number after '####': {row['answer'][-60:]!r}")
+
+    def problem_of(self, row: Row) -> Problem:
         reasoning, gold = str(row["answer"]).rsplit("####", 1)
         gold = gold.strip().replace(",", "")
         answer = re.sub(r"<<[^<>]*>>", "", reasoning).strip() + f"\n\\boxed{{{gold}}}"  # without calculator marks
@@ -293,10 +298,19 @@ class MATH(RowTask):
         {"train": ("ankner/math-500", None, "train"), "test": ("HuggingFaceH4/MATH-500", None, "test")}
     )
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        row = self.row(split, seed, index)
-        solution = str(row["solution"])
-        gold = row.get("answer") or boxed(solution)
-        if gold is None:
-            raise ValueError(f"MATH row without answer or box: {str(row['problem'])[:80]!r}")
-        return Problem(f"{row['problem']}\n{INSTRUCTION}", partial(verify_math, gold=str(gold)), solution)
+    def check_row(self, row: Row) -> None:
+        super().check_row(row)
+        if not self.gold(row):
+            raise ValueError(f"has no 'answer', and no box in its 'solution': {row['solution'][-60:]!r}")
+
+    def gold(self, row: Row) -> str:
+        """The row's answer, which may be a number, or else what its solution boxes, also without braces; or ""."""
+        answer = row.get("answer")
+        if answer is not None and str(answer).strip():
+            return str(answer)
+        unbraced = re.findall(r"\\(?:boxed|fbox)\s*([^{}\s$]+)\s*\$", row["solution"])
+        return (boxed(row["solution"]) or "".join(unbraced[-1:])).strip()
+
+    def problem_of(self, row: Row) -> Problem:
+        prompt = f"{row['problem']}\n{INSTRUCTION}"
+        return Problem(prompt, partial(verify_math, gold=self.gold(row)), row["solution"])

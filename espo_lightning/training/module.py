@@ -200,7 +200,8 @@ class ESPOModule(PolicyModule):
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
         texts = self.policy.decode(completion)
-        verdicts = judge_all([p for p in problems for _ in range(self.group_size)], texts)
+        each = [problem for problem in problems for _ in range(self.group_size)]
+        verdicts = judge_all(each, texts, must_work=self.rollouts == 0)
         rewards = torch.tensor([v["reward"] for v in verdicts], device=completion.device).view(-1, self.group_size)
         advantages = self.advantage(rewards).flatten()
         rows, counted = self.rows_with_gradient(advantages)
