@@ -22,7 +22,7 @@ from espo_lightning.lab.evaluation import as_json, load_weights, solve
 from espo_lightning.lab.evaluation_parts import Shards
 from espo_lightning.policies.policy import Policy, fingerprint
 from espo_lightning.tasks.base import Task
-from espo_lightning.tasks.statistics import per_problem, summarise
+from espo_lightning.tasks.statistics import cluster_of, per_problem, summarise
 from espo_lightning.training.command_line import run
 from espo_lightning.training.data_check import check_data
 
@@ -120,7 +120,7 @@ def evaluate(
         keys = fold_in(seed, counters).to(policy.device)
         texts, verdicts = solve(policy, batch, keys, decoding, must_work=number == 0)
         made = [
-            {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict}
+            {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict, "cluster": problem.cluster}
             for (i, _), problem, text, verdict in zip(batches[number], batch, texts, verdicts)
         ]
         shards.append(number, {"seconds": time.perf_counter() - start, "samples": made})
@@ -130,7 +130,10 @@ def evaluate(
         return shards.finished()
     made = [sample for number in range(len(batches)) for sample in records[number]["samples"]]
     result = {
-        **summarise(per_problem([s["verdict"] for s in made], samples)),
+        **summarise(
+            per_problem([s["verdict"] for s in made], samples),
+            [cluster_of(s["prompt"], s["cluster"]) for s in made[::samples]],
+        ),
         "chance": task.chance,
         "seconds": sum(records[number]["seconds"] for number in range(len(batches))),
         **shards.header,

@@ -3,8 +3,8 @@
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 Messages = list[dict[str, str]]
 Verdict = dict[str, float]  # "reward", which RL maximises, and the task's own metrics
@@ -66,6 +66,35 @@ class Task(ABC):
 def rng(*key: int | str) -> random.Random:
     """A local generator that depends on the key only (strings are seeded by their bytes, not by ``hash``)."""
     return random.Random("/".join(map(str, key)))
+
+
+T = TypeVar("T")
+
+
+class Distinct(Generic[T]):
+    """The different values among draw(0), draw(1), ..., in that order, drawn when first needed.
+
+    After ``patience`` draws in a row without anything new there are no more, and they come round again.
+
+    Args:
+        key: values of one key are the same.
+    """
+
+    def __init__(self, draw: Callable[[int], T], key: Callable[[T], Hashable] = lambda value: value, patience=1000):
+        self.draw, self.key, self.patience = draw, key, patience
+        self.values: list[T] = []
+        self.seen: set[Hashable] = set()
+        self.drawn = self.last_new = 0
+
+    def __getitem__(self, index: int) -> T:
+        while len(self.values) <= index and self.drawn - self.last_new <= self.patience:
+            value = self.draw(self.drawn)
+            self.drawn += 1
+            if self.key(value) not in self.seen:
+                self.seen.add(self.key(value))
+                self.values.append(value)
+                self.last_new = self.drawn
+        return self.values[index % len(self.values)]
 
 
 def answer_part(text: str) -> str:

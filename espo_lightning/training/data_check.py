@@ -32,8 +32,8 @@ def check_data(
         answer_length: width of the canvas that answers are taught on; None if they are not used.
 
     Raises:
-        ValueError: rows are no problems (`Task.inspect`), their prompts are no text or the chat template refuses them, a
-            prompt or an answer has too many tokens, an answer to learn from is missing. The first ten are named.
+        ValueError: rows are no problems (`Task.inspect`), their prompts are no text or the chat template refuses them,
+            a prompt or an answer has too many tokens, an answer to learn from is missing. The first ten are named.
     """
     faults: dict[int, tuple[str, str]] = {}
     prompts: dict[str, list[str]] = {}

@@ -22,7 +22,7 @@ from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
-from espo_lightning.tasks.statistics import summarise
+from espo_lightning.tasks.statistics import cluster_of, summarise
 from espo_lightning.training.checkpoints import PolicyModule
 from espo_lightning.training.metrics import UPDATE_METRICS, Share, pool, share
 from espo_lightning.training.strategies import check, clip_grad_norm, copy_weights, gather, gathered, shard, unreduced
@@ -154,7 +154,7 @@ class ESPOModule(PolicyModule):
         self.max_prompt_length, self.seed = max_prompt_length, seed
         self.rollouts = 0  # finished rollouts; with the seed, the whole state of the randomness
         self.last_rollout: Rollout | None = None  # for callbacks
-        self.verdicts: list[Verdict] = []  # of the validation in progress
+        self.verdicts: list[tuple[Verdict, str]] = []  # of the validation in progress, with their clusters
 
     def configure_model(self) -> None:
         """Shard policy and reference, if the strategy wants that. Lightning calls it before fits and validations."""
@@ -377,10 +377,12 @@ class ESPOModule(PolicyModule):
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
         keys = fold_in(EVALUATE, torch.zeros(len(problems), dtype=torch.int64, device=prompts.ids.device))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
-        self.verdicts += judge_all(problems, texts)
+        clusters = [cluster_of(problem.prompt, problem.cluster) for problem in problems]
+        self.verdicts += zip(judge_all(problems, texts), clusters)
 
     def on_validation_epoch_end(self) -> None:
-        self.summary = summarise([v for part in gather(self.verdicts) for v in part])
+        pairs = [pair for part in gather(self.verdicts) for pair in part]
+        self.summary = summarise([verdict for verdict, _ in pairs], [cluster for _, cluster in pairs])
         metrics = {f"val/{key}": self.summary[key] for key in self.summary["ci95"]}
         self.log_dict({**metrics, "rollout": float(self.rollouts)}, sync_dist=True)  # they are equal already
 
