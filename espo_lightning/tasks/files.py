@@ -83,7 +83,7 @@ def _jsonl(path: str, file: Iterable[str]) -> Iterator[Line]:
                 yield Line(place, row)
             else:
                 what = "a whole array, where every line is to be an object" if isinstance(row, list) else "no object"
-                yield Line(place, None, f"is a {type(row).__name__}, {what} with named columns")
+                yield Line(place, None, f"is {kind_of(row)}, {what} with named columns")
 
 
 def _csv(path: str, file: Iterable[str], separator: str) -> Iterator[Line]:
@@ -150,17 +150,23 @@ def check_columns(row: Row, needed: Iterable[str], lists: Iterable[str], owner: 
         if not found:
             there = [name for name in names.split("|") if name in row]
             if there:
-                raise ValueError(f"has a null {there[0]!r}, which {owner} needs")
+                raise ValueError(f"has null as {there[0]!r}, which {owner} needs")
             columns = ", ".join(map(repr, row)) or "nothing"
             raise ValueError(f"has no {' or '.join(map(repr, names.split('|')))}, which {owner} needs, only {columns}")
         value = row[found[0]]
         if found[0] in lists:
             if not isinstance(value, list) or not value or not all(isinstance(x, str) and x.strip() for x in value):
-                raise ValueError(f"has a {found[0]!r} that is no list of texts: {_short(value)}")
+                raise ValueError(f"has a column {found[0]!r} that is no list of texts: {_short(value)}")
         elif not isinstance(value, str):
-            raise ValueError(f"has a {found[0]!r} that is a {type(value).__name__}, not a text: {_short(value)}")
+            raise ValueError(f"has a column {found[0]!r} that is {kind_of(value)}, not a text: {_short(value)}")
         elif not value.strip():
             raise ValueError(f"has an empty {found[0]!r}, which {owner} needs")
+
+
+def kind_of(value: object) -> str:
+    """The type of a value as a message calls it: "null", "a list", "an int"."""
+    name = type(value).__name__
+    return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _short(value: object) -> str:

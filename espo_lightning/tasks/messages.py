@@ -1,6 +1,7 @@
 """Prompts as people store them: a text, or chat messages in the usual shapes; anything else is refused by name."""
 
 from espo_lightning.tasks.base import Messages
+from espo_lightning.tasks.files import kind_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")  # the names of OpenAI's two interfaces
@@ -20,7 +21,7 @@ def prompt_of(value: object) -> str | Messages:
             raise ValueError("has an empty 'prompt'")
         return value
     if not isinstance(value, list | tuple):
-        raise ValueError(f"has a 'prompt' that is {_named(value)}, not a text or a list of chat messages")
+        raise ValueError(f"has a 'prompt' that is {kind_of(value)}, not a text or a list of chat messages")
     if not value:
         raise ValueError("has a 'prompt' without a message")
     messages = [_message(number, message) for number, message in enumerate(value, 1)]
@@ -32,7 +33,7 @@ def prompt_of(value: object) -> str | Messages:
 def _message(number: int, message: object) -> dict[str, str]:
     where = f"has a 'prompt' whose message {number}"
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_named(message)}, not an object with 'role' and 'content'")
+        raise ValueError(f"{where} is {kind_of(message)}, not an object with 'role' and 'content'")
     if missing := [key for key in ("role", "content") if key not in message]:
         keys = ", ".join(map(repr, message))
         known = " (ShareGPT's names: call them role and content)" if {"from", "value"} <= message.keys() else ""
@@ -45,7 +46,7 @@ def _message(number: int, message: object) -> dict[str, str]:
     if isinstance(content, list | tuple):
         content = "\n".join(_part(where, part) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"{where} has {_named(content)} as its 'content', not a text")
+        raise ValueError(f"{where} has {kind_of(content)} as its 'content', not a text")
     if message["role"] == "user" and not content.strip():
         raise ValueError(f"{where} has an empty 'content'")
     return {"role": message["role"], "content": content}
@@ -55,13 +56,9 @@ def _part(where: str, part: object) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise ValueError(f"{where} has a part of its content that is {_named(part)}, not a text")
+        raise ValueError(f"{where} has a part of its content that is {kind_of(part)}, not a text")
     if part.get("type", "text") not in TEXT_PARTS:
         raise ValueError(f"{where} has a part of the type {part['type']!r}: only text can be shown to a policy")
     if not isinstance(part.get("text"), str):
         raise ValueError(f"{where} has a part without 'text', only {', '.join(map(repr, part))}")
     return part["text"]
-
-
-def _named(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"

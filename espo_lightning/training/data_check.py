@@ -1,12 +1,11 @@
 """Every row of a finite data set is looked at before anything is written: what a task can say, and what tokens can."""
 
-import json
 from collections.abc import Iterable, Sequence
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from espo_lightning.policies.policy import Policy
-from espo_lightning.tasks.base import Problem, Task
+from espo_lightning.tasks.base import Messages, Problem, Task
 from espo_lightning.tasks.files import BadRows
 from espo_lightning.tasks.messages import prompt_of
 
@@ -36,7 +35,7 @@ def check_data(
             a prompt or an answer has too many tokens, an answer to learn from is missing. The first ten are named.
     """
     faults: dict[int, tuple[str, str]] = {}
-    prompts: dict[str, list[str]] = {}
+    prompts: dict[str, list[str | Messages]] = {}
     number = 0
     for split in splits:
         found = list(task.inspect(split)) or [(f"{split} problem 0", task.problem(split, seed, 0))]
@@ -49,7 +48,7 @@ def check_data(
             number += 1
         for key, reason in token_faults(policy, usable, max_prompt_length, answer_length):
             faults[key] = usable[key][0], reason
-        prompts[split] = [json.dumps(problem.prompt) for _, problem in usable.values()] if len(found) > 1 else []
+        prompts[split] = [problem.prompt for _, problem in usable.values()] if len(found) > 1 else []
     if faults:
         raise BadRows([faults[key] for key in sorted(faults)])
     if {"train", "test"} <= prompts.keys() and (shared := shared_problems(prompts["train"], prompts["test"])):
@@ -59,11 +58,12 @@ def check_data(
         )
 
 
-def shared_problems(train: Iterable[str], test: Iterable[str]) -> int:
+def shared_problems(train: Iterable[str | Messages], test: Iterable[str | Messages]) -> int:
     """How many of the test prompts are training prompts, but for blanks and case."""
 
-    def plain(prompt: str) -> str:
-        return " ".join(prompt.split()).casefold()
+    def plain(prompt: str | Messages) -> str:
+        text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+        return " ".join(text.split()).casefold()
 
     known = set(map(plain, train))
     return sum(plain(prompt) in known for prompt in test)
