@@ -32,7 +32,7 @@ from espo_lightning.scoring.likelihood import (
     score,
 )
 from espo_lightning.scoring.masks import Masks
-from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
+from espo_lightning.tasks import Countdown, Problem, Sudoku, Task, TRLReward
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.module import ESPOModule, Rollout
 from espo_lightning.training.strategies import FSDP, FSDP2
@@ -61,6 +61,7 @@ __all__ = [
     "Rollout",
     "Step",
     "Sudoku",
+    "TRLReward",
     "Task",
     "TimeELBO",
     "dream_schedule",

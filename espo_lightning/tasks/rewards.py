@@ -55,8 +55,8 @@ def brevity(text: str, free: int = 0, limit: int = 1000) -> Verdict:
     return {"reward": -min(1.0, max(0, len(text) - free) / (limit - free))}
 
 
-def load(path: str) -> Verifier:
-    """The function of a text at an import path like ``package.module.function``. Raises ValueError if there is none."""
+def imported(path: str) -> Callable:
+    """The function at an import path like ``package.module.function``. Raises ValueError if there is none."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -64,6 +64,12 @@ def load(path: str) -> Verifier:
         raise ValueError(f"{path!r} is no import path of a verifier (package.module.function): {error}") from error
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, not a function text -> verdict")
+    return found
+
+
+def load(path: str) -> Verifier:
+    """The function of a text at an import path. Raises ValueError if there is none, or it takes something else."""
+    found = imported(path)
     check_signature(found, "text")
     return found
 
