@@ -23,6 +23,8 @@ from espo_lightning.tasks.base import Problem, Task, Verdict, VerifierUnavailabl
 from espo_lightning.tasks.gym_inner import LENGTH, REPLY, TIMEOUT
 
 INSTRUCTION = "Give your final answer between <answer> and </answer>, in the form that the question asks for."
+# data sets that walk over sets of texts, whose order is that of Python's hashes
+HASHED = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
 CHUNK, ATTEMPTS = 1024, 32  # items of one generator, and of these candidates for one problem
 TEXT_LIMIT = 20_000  # characters of an answer that are scored
 
@@ -76,7 +78,7 @@ class ReasoningGym(Task):
         reward: "score" (reasoning-gym's, with parts) or "exact" (all or nothing).
 
     Raises:
-        ValueError: see `generator`.
+        ValueError: see `generator`; a data set whose questions depend on Python's hash seed, if that is not set.
     """
 
     name: str
@@ -88,6 +90,10 @@ class ReasoningGym(Task):
         if taken := {"seed", "size"} & self.options.keys():
             raise ValueError(f"options: {taken.pop()!r} is chosen by this library, leave it out")
         generator(self.name, self._options, 0)
+        if self.name in HASHED and os.environ.get("PYTHONHASHSEED", "random") == "random":
+            raise ValueError(
+                f"{self.name!r} of reasoning-gym draws other questions in every process: set PYTHONHASHSEED=0 around it"
+            )
 
     @property
     def _options(self) -> str:

@@ -31,7 +31,8 @@ def name_of(function: Callable) -> str:
         function = function.func
     if not hasattr(function, "__qualname__"):  # an object; `TRLReward` tells what it calls
         function = getattr(function, "__wrapped__", type(function))
-    return f"{function.__module__}.{function.__qualname__}"
+    module = getattr(function, "__module__", None)  # methods of built-in types have none
+    return f"{module}.{function.__qualname__}" if module else function.__qualname__
 
 
 def number(value: object) -> float:
