@@ -114,9 +114,12 @@ def verify(numbers: tuple[int, ...], target: int, format_reward: float, text: st
 
     exact_published: whether the published evaluation counts the text as right, `countdown_equals`; never rewarded.
     """
-    answer = offered(text) or ""
-    label = LABEL.match(answer)
-    value = evaluate(answer[label.end() :] if label else answer, numbers)
+
+    def value_of(answer: str) -> Fraction | None:
+        label = LABEL.match(answer)
+        return evaluate(answer[label.end() :] if label else answer, numbers)
+
+    value = value_of(offered(text, value_of) or "")
     exact = value == target
     return {
         "reward": 1.0 if exact else format_reward * (value is not None),

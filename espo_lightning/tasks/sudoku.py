@@ -67,9 +67,11 @@ def parse_grid(text: str) -> str | None:
     More or fewer digits are not, so that nothing can be gained from a correct prefix; a second grid, or part of one,
     makes a hedge, which is no answer. ASCII digits only. `offered` says where the answer stands.
     """
-    answer = offered(text)
-    if answer is None:
-        return None
+    answer = offered(text, _grid_in)
+    return None if answer is None else _grid_in(answer)
+
+
+def _grid_in(answer: str) -> str | None:
     answer = LABEL.sub("\n", answer)
     lines = [line for line in answer.splitlines() if re.search("[0-9]", line)]
     items = [match.groups() for line in lines[:5] if (match := NUMBERED.match(line))]
