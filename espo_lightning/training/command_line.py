@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from espo_lightning.tasks.verifiers import BrokenVerifier
 from espo_lightning.training.checkpoints import DirectCheckpointIO, RunCheckpoint, check_space
 from espo_lightning.training.data_check import check_data
+from espo_lightning.training.moved import with_advice
 from espo_lightning.training.run_folder import RESUME
 from espo_lightning.training.strategies import check, check_resume, named
 
@@ -40,7 +41,8 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         command: what the user typed, for the usage line.
         defaults: of parameters whose default cannot stand in the signature.
     """
-    parser = ArgumentParser(prog=f"python -m {command}", usage=f"python -m {command} [--config FILE] [--KEY=VALUE ...]")
+    usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
+    parser = with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -111,6 +113,9 @@ class TrainingCLI(LightningCLI):
                 **trainer_defaults,
             },
         )
+
+    def init_parser(self, **kwargs: Any):
+        return with_advice(super().init_parser(**kwargs))
 
     def add_arguments_to_parser(self, parser) -> None:
         parser.add_argument("--seed", type=int, default=0, help="of weights, problems, rollouts and masks")
