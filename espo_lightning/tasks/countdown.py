@@ -185,8 +185,10 @@ def solutions(numbers: tuple[int, ...]) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Countdown(Task):
-    """Countdown with three numbers. Train and test are disjoint in (numbers, target), the order of numbers aside, and
-    test problems are all different in them, as long as there are different ones.
+    """Countdown with three numbers.
+
+    Train and test are disjoint in (numbers, target), the order of numbers aside, and test problems are all different in
+    them, as long as there are different ones.
 
     Args:
         largest: numbers are drawn from 1..largest.
