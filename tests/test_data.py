@@ -302,6 +302,7 @@ def test_a_parquet_file_keeps_lists_and_messages(tmp_path):
         ("rows.arrow", b"ARROW1", "is a .arrow file, which is not read"),
         ("rows.parquet", b"PAR1 no", "is no Parquet file"),
         ("rows.csv", b'question,answer\n"\0,' + b"x" * 200_000, "is no CSV file"),
+        ("array.json", b'[\n {"question": "?", "answer": "#### 1"}\n]\n', "is one JSON array over several lines"),
         ("empty.jsonl", b"", "no 'train' rows"),
         ("empty.csv", b"", "no 'train' rows"),
         ("header.csv", b"question,answer\n", "no 'train' rows"),

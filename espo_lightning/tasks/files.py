@@ -77,6 +77,8 @@ def _jsonl(path: str, file: Iterable[str]) -> Iterator[Line]:
             try:
                 row = json.loads(text)
             except (json.JSONDecodeError, RecursionError) as error:
+                if text.lstrip().startswith("["):
+                    raise ValueError(f"{path} is one JSON array over several lines: {TRANSLATE}") from error
                 yield Line(place, None, f"is not JSON: {error}")
                 continue
             if isinstance(row, dict):
