@@ -184,8 +184,8 @@ def test_prompts_longer_than_the_limit_are_found_down_the_file(program, folder, 
     Path("rows.jsonl").write_text(lines(*rows))
     flags = "--TASK=Rows --TASK.path=rows.jsonl --TASK.verifier=test_data.says_a"
     printed = refused(program, folder, flags, tmp_path, capsys)
-    assert "rows.jsonl, line 34, has a prompt of 70" in printed
-    assert ("rows.jsonl, line 578, has a prompt of 60" in printed) == (program == "fit")  # a test row
+    assert "rows.jsonl, line 34, a prompt has 70" in printed
+    assert ("rows.jsonl, line 578, a prompt has 60" in printed) == (program == "fit")  # a test row
     assert "more than max_prompt_length=512" in printed
 
 
@@ -197,7 +197,7 @@ def test_answers_that_do_not_fit_on_the_canvas(folder, tmp_path, monkeypatch, ca
     flags = "--TASK=Rows --TASK.path=rows.jsonl --TASK.held_out=0 --TASK.verifier=test_data.says_a"
     printed = refused("sft", folder, flags, tmp_path, capsys)
     assert "4 rows cannot be used" in printed
-    assert "line 3, has an answer of 17 tokens, more than length=16" in printed
+    assert "line 3, an answer has 17 tokens, more than length=16" in printed
     assert [f"line {n}, has no 'answer' to learn from" in printed for n in (4, 5, 6)] == [True] * 3
     Path("ok.jsonl").write_text(lines(*rows[:2]))
     start("sft", folder, flags.replace("rows.jsonl", "ok.jsonl"))
@@ -234,7 +234,7 @@ def test_the_first_problem_of_a_drawn_task_is_tried(policy):
             return Problem(self.prompt, says_a, "")
 
     check_data(Long("short"), policy, ("train", "test"), max_prompt_length=20)
-    with pytest.raises(ValueError, match=r"train problem 0, has a prompt of .* tokens, more than max_prompt_length=20"):
+    with pytest.raises(ValueError, match=r"train problem 0, a prompt has .* tokens, more than max_prompt_length=20"):
         check_data(Long("x" * 30), policy, ("train",), max_prompt_length=20)
     with pytest.raises(ValueError, match="train problem 0, has a 'prompt' in parts"):
         check_data(Long([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]), policy, ("train",))

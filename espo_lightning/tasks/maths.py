@@ -240,7 +240,7 @@ class GSM8K(MathTask):
             raise ValueError(f"has an 'answer' without a number after '####': {row['answer'][-60:]!r}")
 
     def problem_of(self, row: Row) -> Problem:
-        reasoning, gold = str(row["answer"]).rsplit("####", 1)
+        reasoning, _, gold = str(row["answer"]).rpartition("####")
         gold = gold.strip().replace(",", "")
         answer = re.sub(r"<<[^<>]*>>", "", reasoning).strip() + f"\n\\boxed{{{gold}}}"  # without calculator marks
         question = str(row["question"])
@@ -266,13 +266,13 @@ class MATH(MathTask):
             raise ValueError(f"has no 'answer', and no box in its 'solution': {row['solution'][-60:]!r}")
 
     def gold(self, row: Row) -> str:
-        """The row's answer, which may be a number, or else what its solution boxes, also without braces; or ""."""
+        """The row's answer, which may be a number, or else what its solution boxes; or ""."""
         answer = row.get("answer")
         if answer is not None and str(answer).strip():
             return str(answer)
         return (boxed(row["solution"]) or "").strip()
 
     def problem_of(self, row: Row) -> Problem:
-        question = row["problem"]
+        question, solution = str(row["problem"]), str(row["solution"])
         verify = partial(verify_math, gold=self.gold(row), question=question, copied=self.copied)
-        return Problem(f"{question}\n{INSTRUCTION}", verify, row["solution"])
+        return Problem(f"{question}\n{INSTRUCTION}", verify, solution)

@@ -102,8 +102,8 @@ def token_faults(
                 yield key, f"is refused by the policy's chat template: {error}"
                 continue
             if max_prompt_length is not None and len(row) > max_prompt_length:
-                yield key, f"has a prompt of {len(row)} tokens, more than max_prompt_length={max_prompt_length}"
+                yield key, f"a prompt has {len(row)} tokens, more than max_prompt_length={max_prompt_length}"
             elif answer_length is not None:
                 tokens = policy.tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
                 if len(tokens) > answer_length:
-                    yield key, f"has an answer of {len(tokens)} tokens, more than length={answer_length}"
+                    yield key, f"an answer has {len(tokens)} tokens, more than length={answer_length}"
