@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import yaml
 
-from espo_lightning.training.command_line import quiet, run
+from espo_lightning.training.command_line import run
+from espo_lightning.training.screen import quiet
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on

@@ -1,13 +1,12 @@
-"""Training checkpoints between batches: what they hold, when they are written, Ctrl-C and failures."""
+"""Training checkpoints between batches: what they hold, when they are written, and what a failing process says."""
 
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from espo_lightning.policies.policy import fingerprint
-from espo_lightning.training.run_folder import replace, write_text
-from espo_lightning.training.strategies import full_state_dict
+from espo_lightning.training.run_folder import (
+    amount,
+    checkpoints_in,
+    recover,
+    recover_all,
+    replace,
+    rewind,
+    write_text,
+)
+from espo_lightning.training.signals import Signals, Stopped
+from espo_lightning.training.strategies import full_state_dict, gather, lost_ranks
 
 
 class PolicyModule(LightningModule):
@@ -97,39 +104,66 @@ def check_space(folder: Path, module: PolicyModule, checkpoints: int) -> None:
     needed, free = checkpoints * (stored + 2 * trained) + policy, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"run_dir {folder} has {free / 1e9:.1f} GB free, but {checkpoints} checkpoints at once and the final "
-            f"policy need about {needed / 1e9:.1f} GB: free some, name another run_dir, or lower keep_checkpoints"
+            f"run_dir {folder} has {amount(free)} free, but {checkpoints} checkpoints at once and the final policy "
+            f"need about {amount(needed)}: free some, name another run_dir, or lower keep_checkpoints"
         )
+
+
+RECORD = "espo_run"  # in a checkpoint: what `RunCheckpoint` knows of the run
 
 
 class RunCheckpoint(Checkpoint):
     """Checkpoints between training batches, where nothing is half done, so that resume is exact.
 
     Lightning's own ModelCheckpoint counts optimizer steps and, on Ctrl-C, would save in the middle of a
-    rollout's updates. Here the first Ctrl-C finishes the batch, saves and stops; the second stops at once.
-    A checkpoint has its name only once it is complete: ``kill -9`` leaves the one before, and a ``.part``.
+    rollout's updates. Here a signal lets the batch finish, saves and stops; the second stops at once (`Signals`).
+    One clock numbers the checkpoints: batches over all epochs. A checkpoint has its name only once it is complete:
+    ``kill -9`` leaves the one before, and a ``.part``.
+
+    There is one every so many batches, before every validation, and after the last batch, however training ends. A
+    validation that was due at a checkpoint is made when training resumes from it.
 
     A process that raises says which it is, in which batch, and what can be resumed; then it takes the
     others down, which would wait for it in vain.
 
     Args:
-        folder: where to write ``batch_000010.ckpt`` and so on, files or folders.
-        every: batches between checkpoints; there is one before every validation and after the last batch, too.
+        run_dir: gets ``checkpoints/batch_000010.ckpt`` and so on, files or folders, and ``policy/``, the final policy
+            in Hugging Face form.
+        every: batches between checkpoints.
         keep: how many to keep, the newest; and the best by ``val/reward``, which ``best.json`` names.
-        policy_folder: where the final policy goes, in Hugging Face form.
+        signals: of the program; by default those of nobody.
+        record: of the run, plain values that every checkpoint carries: the configuration and the like.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int = 2, policy_folder: Path | None = None):
+    def __init__(
+        self, run_dir: Path, every: int, keep: int = 2, signals: Signals | None = None, record: dict | None = None
+    ):
         if every < 1 or keep < 1:
             raise ValueError(f"checkpoint_every and keep_checkpoints must be at least 1, got {every} and {keep}")
-        self.folder, self.every, self.keep, self.policy_folder = folder, every, keep, policy_folder
-        self.done = 0  # batches
-        self.requested = self.interrupted = False  # Ctrl-C: seen by this process; agreed on by all
+        self.run_dir, self.every, self.keep = run_dir, every, keep
+        self.signals, self.record = signals or Signals(), record or {}
+        self.done = 0  # batches, over all epochs
+        self.saved: int | None = None  # of the newest checkpoint
+        self.interrupted = False  # by a signal, which all processes have agreed on
+        self.policy_saved = False
+        self.resumed: dict = {}  # the record in the checkpoint from which this run goes on
+        self.start, self.seconds = time.perf_counter(), 0.0
+        self._due = False  # a validation, right after this batch
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def policy_folder(self) -> Path:
+        """Where the final policy is."""
+        return self.run_dir / "policy"
 
     @property
     def complete(self) -> list[Path]:
         """The checkpoints that can be resumed, oldest first."""
-        return sorted(self.folder.glob("batch_*.ckpt"))
+        return checkpoints_in(self.folder)
 
     @property
     def best(self) -> dict:
@@ -137,59 +171,99 @@ class RunCheckpoint(Checkpoint):
         path = self.folder / "best.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    # ---- Ctrl-C and failures ---------------------------------------------------------------------------
+    # ---- signals and failures --------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for part in self.folder.glob("*.part"):  # of a process that was killed
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-        if threading.current_thread() is threading.main_thread():  # signals can be set nowhere else
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+    def stopping(self, trainer: Trainer) -> bool:
+        """Whether any process was told to stop; the same answer on all."""
+        if trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False):
+            self.interrupted = True
+            self.signals.received = next(number for number in gather(self.signals.received) if number is not None)
+        return self.interrupted
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if hasattr(self, "_previous"):
-            signal.signal(signal.SIGINT, self._previous)
+    def halt(self, trainer: Trainer) -> None:
+        """End training after this batch, whatever must still be run, and without a validation, which a resume makes."""
+        trainer.should_stop = True
+        trainer.limit_val_batches = 0
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_fit_end(trainer, pl_module)
-        if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt):
+        self.signals.patient = False
+        hang = self.signals.at_once or not isinstance(exception, Stopped)  # the others, in a collective
+        if trainer.world_size == 1 or not hang:
             return
-        last = self.complete[-1] if self.complete else "none"
-        lines = [
-            f"rank {trainer.global_rank} of {trainer.world_size} failed after {self.done} batches: "
-            f"{type(exception).__name__}: {exception}",
-            *lost_ranks(trainer),
-            f"A lost connection or a timeout is another rank's failure, or its being slow. Last checkpoint: {last}",
-        ]
-        sys.stderr.write("\n" + "\n".join(lines) + "\n")
-        sys.stderr.flush()
+        if not isinstance(exception, Stopped):
+            last = self.complete[-1] if self.complete else "none"
+            lines = [
+                f"rank {trainer.global_rank} of {trainer.world_size} failed after {self.done} batches: "
+                f"{type(exception).__name__}: {exception}",
+                *lost_ranks(trainer),
+                f"A lost connection or a timeout is another rank's failure, or its being slow. Last checkpoint: {last}",
+            ]
+            sys.stderr.write("\n" + "\n".join(lines) + "\n")
+            sys.stderr.flush()
         if hasattr(trainer.strategy.launcher, "kill"):
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # they may hang in a collective
+            trainer.strategy.launcher.kill(signal.SIGKILL)
 
-    def _interrupt(self, number: int, frame) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
-        if rank_zero_only.rank == 0:
-            sys.stderr.write("\nCtrl-C: finishing this batch, then saving a checkpoint; press again to stop at once.\n")
+    # ---- resume ----------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run_dir = Path(trainer.strategy.broadcast(str(self.run_dir)))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        row = {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith("val/")}
+        now = {"seconds": self.elapsed, "validation_due": self._due, "row": row}
+        checkpoint[RECORD] = {**self.record, **now}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        """A batch that was the last one is not, if there are to be more now."""
+        self.resumed = checkpoint.get(RECORD, {})
+        self.seconds = self.resumed.get("seconds", 0.0)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = progress["current"]["ready"] >= trainer.datamodule.batches
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, over resumes."""
+        return self.seconds + time.perf_counter() - self.start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything is restored; only now is the run folder touched."""
+        self.done, self.start = trainer.fit_loop.total_batch_idx + 1, time.perf_counter()
+        resumed = trainer.ckpt_path is not None
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            recover_all(self.folder)
+            recover(self.policy_folder)
+            if resumed:
+                rewind(self.run_dir, self.done, getattr(pl_module, "rollouts", self.done))
+                if "config" in self.record:
+                    write_text(self.run_dir / "config.yaml", self.record["config"])
+        trainer.strategy.barrier("run folder")
+        self.signals.take()  # Lightning has put its own handler of SIGTERM in their place
+        self.signals.patient = True
+        if resumed:
+            self.saved = self.done
+            self._validate_if_due(trainer)
+
+    def _validate_if_due(self, trainer: Trainer) -> None:
+        """The checkpoint is from before the validation of its batch, as the states of all callbacks are."""
+        if self.resumed.get("validation_due") and trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     # ---- checkpoints -----------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        best = self.best
-        if trainer.is_global_zero and best.get("batches", 0) > self.done:  # of a future that is about to change
-            (self.folder / "best.json").unlink()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        self.done = batch_idx + 1
-        # a Ctrl-C during this very line counts for the next batch
-        self.interrupted = trainer.strategy.reduce_boolean_decision(self.requested, all=False)
-        moments = (self.every, trainer.num_training_batches, trainer.val_check_batch)
-        if self.interrupted or any(self.done % moment == 0 for moment in moments if moment):
+        self.done = trainer.fit_loop.total_batch_idx + 1
+        self._due = validation_due(trainer, self.done, batch_idx + 1)
+        last = batch_idx + 1 == trainer.num_training_batches or 0 <= trainer.max_steps <= trainer.global_step
+        stop = self.stopping(trainer)
+        if stop or last or self._due or trainer.should_stop or self.done % self.every == 0:
             self.save(trainer)
-        trainer.should_stop = trainer.should_stop or self.interrupted
+            stop = stop or self.stopping(trainer)  # a signal that came meanwhile
+        if stop:
+            self.halt(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of this moment, then remove those that are neither new nor best.
@@ -203,6 +277,7 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(part)
         except (OSError, RuntimeError) as error:  # torch's writers have errors of their own
             raise OSError(f"checkpoint {path} could not be written: {error}; earlier ones are intact") from error
+        self.saved = self.done
         if trainer.is_global_zero:
             replace(part, path)
             for old in self.complete[: -self.keep]:
@@ -210,6 +285,17 @@ class RunCheckpoint(Checkpoint):
                     trainer.strategy.remove_checkpoint(old)
             for logger in trainer.loggers:
                 logger.save()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.signals.take()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.saved != self.done:
+            self._due = True  # by the clock on the wall, which nobody can foresee
+            self.save(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """The checkpoint of this moment is there already, and a resume makes the whole validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.stopping(trainer):
+            raise Stopped
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reward = trainer.callback_metrics.get("val/reward")
@@ -222,23 +308,30 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the policy, while all processes are there to give their parts of it."""
-        if self.interrupted or self.policy_folder is None:
-            return
+        self.signals.patient = False
+        self.seconds, self.start = self.elapsed, time.perf_counter()
+        if not self.stopping(trainer):
+            self.save_policy(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.interrupted and not self.policy_saved:  # nothing was left to train, so that no train ended
+            self.save_policy(trainer, pl_module)
+
+    def save_policy(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``policy/``."""
         weights = full_state_dict(pl_module.policy)
         if trainer.is_global_zero:
             part = self.policy_folder.with_name(f"{self.policy_folder.name}.part")
             pl_module.policy.save(part, weights)
             replace(part, self.policy_folder)
+        self.policy_saved = True
 
 
-def lost_ranks(trainer: Trainer, patience: float = 1.0) -> list[str]:
-    """A sentence for each process that Lightning started from this one and that has ended, with its exit code."""
-    lines = []
-    for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
-        try:
-            code = process.wait(patience)  # its connections close a moment before it is gone
-        except subprocess.TimeoutExpired:
-            continue
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        lines.append(f"Local rank {rank} {how}.")
-    return lines
+def validation_due(trainer: Trainer, done: int, in_epoch: int) -> bool:
+    """Whether Lightning is about to validate after this batch, by the count of batches."""
+    interval, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or interval is None or math.isinf(interval):
+        return False
+    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+        return False
+    return (done if epochs is None else in_epoch) % interval == 0
