@@ -115,8 +115,8 @@ def check_weights(checkpoint: Path, content: dict, module: PolicyModule) -> None
     if odd:
         sizes = [tuple(weights[odd[0]].shape) if odd[0] in weights else "absent" for weights in (there, here)]
         raise ValueError(
-            f"ckpt_path {checkpoint} does not fit model.policy: {len(odd)} weights differ, such as {odd[0]}, {sizes[0]} "
-            f"in the checkpoint, {sizes[1]} in the policy"
+            f"ckpt_path {checkpoint} does not fit model.policy: {len(odd)} weights differ, such as {odd[0]}, "
+            f"{sizes[0]} in the checkpoint, {sizes[1]} in the policy"
         )
 
 
