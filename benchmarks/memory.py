@@ -17,7 +17,7 @@ from measure import in_fresh_process, random_policy, resident_peak
 from straightforward import terms
 
 from espo_lightning import ELBO, Policy, Prompts
-from espo_lightning.scoring.likelihood import score
+from espo_lightning.scoring.score import score
 
 LIMIT = 12_288  # MiB: straightforward cases that need more by estimate are left out
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from espo_lightning import Decoding, Masks, Policy, Prompts, espo_loss
 from espo_lightning.decoding import masked as sampler
-from espo_lightning.scoring.likelihood import ELBO, score
+from espo_lightning.scoring.likelihood import ELBO
+from espo_lightning.scoring.score import score
 
 
 def terms(model: nn.Module, mask_id: int, prompts: Tensor, completion: Tensor, masks: Masks) -> Tensor:

@@ -5,19 +5,20 @@ from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.decoding.masked import Decoding, generate
 from espo_lightning.decoding.orders import entropy_order, low_confidence, margin_order, random_order
 from espo_lightning.decoding.schedules import Step, dream_schedule, even_schedule, origin_schedule
-from espo_lightning.objectives.loss import (
-    espo_loss,
-    k1,
-    k1_score,
-    k2,
-    k2_u,
-    k3,
+from espo_lightning.objectives.advantages import (
     leave_one_out,
     mean_centred,
-    sequence_ratio,
+    softmax_difference,
     standardised,
-    token_ratio,
+    z_score,
 )
+from espo_lightning.objectives.kl import k1, k1_score, k2, k2_u, k3, sequence_kl, token_kl, undivided_kl, view_kl
+from espo_lightning.objectives.objective import Objective, Scores, alike, by_length
+from espo_lightning.objectives.policy_gradient import PolicyGradient, espo_loss
+from espo_lightning.objectives.ratios import scored_token_ratio, sequence_ratio, token_ratio, view_ratio
+from espo_lightning.objectives.sandwich import Sandwich
+from espo_lightning.objectives.self_normalised import SelfNormalised
+from espo_lightning.objectives.weighted import Weighted
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.lora import LoRA
 from espo_lightning.policies.policy import Policy, Prompts
@@ -28,13 +29,16 @@ from espo_lightning.scoring.likelihood import (
     Likelihood,
     MeanField,
     QuadratureELBO,
+    Seen,
     TimeELBO,
-    score,
 )
 from espo_lightning.scoring.masks import Masks
+from espo_lightning.scoring.score import log_probs, score
+from espo_lightning.scoring.views import BlockViews, RandomViews, TokenViews
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 from espo_lightning.training.data import PromptDataModule
-from espo_lightning.training.module import ESPOModule, Rollout
+from espo_lightning.training.module import ESPOModule
+from espo_lightning.training.rollout import Rollout
 from espo_lightning.training.strategies import FSDP, FSDP2
 from espo_lightning.training.zero import DeepSpeed
 
@@ -44,6 +48,7 @@ __all__ = [
     "FSDP2",
     "Autoregressive",
     "AutoregressiveDecoding",
+    "BlockViews",
     "Countdown",
     "Decoder",
     "Decoding",
@@ -53,16 +58,27 @@ __all__ = [
     "LoRA",
     "Masks",
     "MeanField",
+    "Objective",
     "Policy",
+    "PolicyGradient",
     "Problem",
     "PromptDataModule",
     "Prompts",
     "QuadratureELBO",
+    "RandomViews",
     "Rollout",
+    "Sandwich",
+    "Scores",
+    "Seen",
+    "SelfNormalised",
     "Step",
     "Sudoku",
     "Task",
     "TimeELBO",
+    "TokenViews",
+    "Weighted",
+    "alike",
+    "by_length",
     "dream_schedule",
     "entropy_order",
     "espo_loss",
@@ -75,6 +91,7 @@ __all__ = [
     "k3",
     "leave_one_out",
     "load_policy",
+    "log_probs",
     "low_confidence",
     "margin_order",
     "mean_centred",
@@ -82,7 +99,15 @@ __all__ = [
     "origin_schedule",
     "random_order",
     "score",
+    "scored_token_ratio",
+    "sequence_kl",
     "sequence_ratio",
+    "softmax_difference",
     "standardised",
+    "token_kl",
     "token_ratio",
+    "undivided_kl",
+    "view_kl",
+    "view_ratio",
+    "z_score",
 ]

@@ -14,6 +14,8 @@ from espo_lightning.decoding.masked import Decoding
 from espo_lightning.lab.costs import BF16, FP32, Hardware, collectives, expected_work, memory, merge_scores, with_total
 from espo_lightning.lab.flops import decoding_passes, flops
 from espo_lightning.lab.network import read_network
+from espo_lightning.objectives.objective import Objective
+from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.training.command_line import run
 
@@ -27,7 +29,7 @@ def cost(
     group_size: int = 6,
     updates: int = 8,
     fresh_masks: bool = True,
-    beta: float = 0.01,
+    objective: Objective = PolicyGradient(),
     micro_batch: int = 1,
     view_by_view: bool = False,
     lora_rank: int | None = 128,
@@ -51,7 +53,7 @@ def cost(
         group_size: completions per prompt (G).
         updates: inner updates (mu).
         fresh_masks: new masks for every update.
-        beta: 0 = no reference.
+        objective: what is maximised; it says whether old and reference scores are needed.
         micro_batch: completions per pass of scoring and training.
         view_by_view: one mask view per backward pass.
         lora_rank: null = all weights are trained.
@@ -78,7 +80,7 @@ def cost(
     network, rank, completions = read_network(policy), lora_rank or 0, prompts_per_gpu * group_size
     rollout = decoding_passes(decoding, completions, prompt_length + decoding.length)
 
-    options = {"updates": updates, "reference": beta != 0, "micro_batch": micro_batch, "view_by_view": view_by_view}
+    options = {"updates": updates, "objective": objective, "micro_batch": micro_batch, "view_by_view": view_by_view}
     w = expected_work(
         rollout,
         likelihood,

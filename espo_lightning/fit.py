@@ -50,7 +50,6 @@ def make(argv: list[str] | None, signals: Signals) -> FitCLI:
         command="espo_lightning.fit",
         defaults={
             "model.policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": "bundled:sudoku"}},
-            "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4, "weight_decay": 0.01}},
         },
         trainer_defaults={"val_check_interval": 10, "check_val_every_n_epoch": None},
     )

@@ -2,7 +2,7 @@
 
 import random
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from espo_lightning import Decoding, ESPOModule, Problem, PromptDataModule, Task, new_policy
+from espo_lightning import Decoding, ESPOModule, PolicyGradient, Problem, PromptDataModule, Task, new_policy
 
 torch.set_num_threads(1)  # many small matrices: threads cost more than they bring, and results stay comparable
 
@@ -36,7 +36,11 @@ def small_policy(seed: int = 0):
 
 
 def small_module(policy=None, **changes) -> ESPOModule:
+    """A small module; settings of `PolicyGradient` may stand among its own."""
     decoding = Decoding(length=4, block_length=4, steps=4)
+    own = {field.name for field in fields(PolicyGradient)} & changes.keys()
+    if own:
+        changes["objective"] = PolicyGradient(**{name: changes.pop(name) for name in own})
     settings = {"decoding": decoding, "group_size": 4, "optimizer": partial(torch.optim.Adam, lr=3e-3)} | changes
     return ESPOModule(policy or small_policy(), **settings)
 

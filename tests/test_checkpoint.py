@@ -19,7 +19,8 @@ from espo_lightning.policies.load import attends_forward, load_policy
 from espo_lightning.policies.lora import LoRA
 from espo_lightning.policies.policy import Prompts
 from espo_lightning.policies.reference import AdapterOff, FrozenReference, make_reference
-from espo_lightning.scoring.likelihood import ELBO, score
+from espo_lightning.scoring.likelihood import ELBO
+from espo_lightning.scoring.score import score
 
 MASKED = ["llada", "llada_gqa_sharded", "llada_tied", "dream", "llama_masked", "qwen3_masked"]
 CAUSAL = ["llama", "qwen2", "qwen3"]

@@ -17,8 +17,10 @@ from espo_lightning import (
     ESPOModule,
     LoRA,
     MeanField,
+    PolicyGradient,
     Prompts,
     TimeELBO,
+    Weighted,
     dream_schedule,
     load_policy,
     score,
@@ -52,14 +54,14 @@ CASES = {
     "more draws and updates": {"likelihood": ELBO(draws=2), "updates": 3},
     "not coupled": {"likelihood": ELBO(coupled=False)},
     "mean field": {"likelihood": MeanField()},
-    "no reference": {"beta": 0.0},
+    "no reference": {"objective": PolicyGradient(beta=0.0)},
     "one block": {"decoding": Decoding(length=16, block_length=16, steps=4)},
     "masks once": {"fresh_masks": False, "updates": 3},
     "micro-batches": {"micro_batch": 3},
     "view by view": {"view_by_view": True, "micro_batch": 3, "likelihood": ELBO(draws=2)},
     "checkpointing": {"gradient_checkpointing": True},
     "LoRA": {"lora": SMALL_LORA},
-    "LoRA, masks once": {"lora": SMALL_LORA, "fresh_masks": False, "beta": 0.0},
+    "LoRA, masks once": {"lora": SMALL_LORA, "fresh_masks": False, "objective": PolicyGradient(beta=0.0)},
     "LoRA, view by view": {"lora": SMALL_LORA, "view_by_view": True},
     "LoRA, checkpointing": {"lora": SMALL_LORA, "gradient_checkpointing": True, "micro_batch": 5},
     "GQA": {"kind": "dream"},
@@ -94,7 +96,7 @@ def test_flops_and_calls_are_those_of_a_real_step(checkpoints, monkeypatch, tmp_
         decoding_passes(module.decoding, completions, width),
         rollout.masks,
         updates=module.updates,
-        reference=module.beta != 0,
+        objective=module.objective,
         micro_batch=module.micro_batch or completions,
         view_by_view=module.view_by_view,
     )
@@ -201,7 +203,8 @@ def test_memory_counts_weights_gradients_moments_and_reference(checkpoints, tmp_
         tensors = {"weights": policy.parameters(), "gradients": trained, "optimizer": moments, "reference": reference}
         width = module.last_rollout.prompts.ids.shape[1] + 16
         passes = decoding_passes(DECODING, 8, width)
-        w = work(passes, module.last_rollout.masks, updates=2, reference=True, micro_batch=8, view_by_view=False)
+        options = {"updates": 2, "objective": PolicyGradient(), "micro_batch": 8, "view_by_view": False}
+        w = work(passes, module.last_rollout.masks, **options)
         network = read_network(str(checkpoints["llada"]))
         held = memory(network, w, stored=4, shards=1, rank=rank, checkpointing=False, gather_rollouts=False)
         for name, parts in tensors.items():
@@ -210,7 +213,7 @@ def test_memory_counts_weights_gradients_moments_and_reference(checkpoints, tmp_
 
 def received(gpus, shards, *, rank=0, gather_rollouts=False, **changes):
     masks = [ELBO().draw(torch.arange(8), 16)] * 2
-    options = {"updates": 2, "reference": True, "micro_batch": 2, "view_by_view": False} | changes
+    options = {"updates": 2, "objective": PolicyGradient(), "micro_batch": 2, "view_by_view": False} | changes
     w = work(decoding_passes(DECODING, 8, 20), masks, **options)
     network = replace(LLADA_8B, layers=2)
     size, _ = collectives(
@@ -263,7 +266,8 @@ BASE = {"decoding": DECODING, "likelihood": ELBO(), "updates": 3, "gpus": (2, 16
         {"group_size": 7},
         {"updates": 2},
         {"fresh_masks": False},
-        {"beta": 0.0},
+        {"objective": PolicyGradient(beta=0.0)},
+        {"objective": Weighted()},
         {"micro_batch": 2},
         {"view_by_view": True},
         {"lora_rank": 64},

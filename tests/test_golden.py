@@ -90,7 +90,8 @@ def elbo(policy, prompts: Prompts, completion: torch.Tensor, masks: Masks) -> to
 
 def assert_equal(ours: torch.Tensor, theirs, tolerance: float = TOLERANCE) -> None:
     theirs = torch.as_tensor(theirs, dtype=ours.dtype)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    # and two units in the last place, as kernels of different processors differ
+    torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(torch.float32).eps, atol=tolerance)
 
 
 def test_the_fixture_holds_what_it_is_for(tiny):

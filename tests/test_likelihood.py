@@ -15,13 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from espo_lightning.keys import fold_in, randint, random_bits, random_subset, uniform
 from espo_lightning.lab.exact import exact_elbo, score_moments, subset_log_probs
 from espo_lightning.lab.tabular import TabularPolicy
-from espo_lightning.objectives.loss import espo_loss, sequence_ratio, token_ratio
+from espo_lightning.objectives.policy_gradient import espo_loss
+from espo_lightning.objectives.ratios import sequence_ratio, token_ratio
 from espo_lightning.policies import prefix as prefix_module
 from espo_lightning.policies.policy import Policy, Prompts
 from espo_lightning.policies.prefix import apply_head
 from espo_lightning.policies.tiny import new_policy
-from espo_lightning.scoring.likelihood import ELBO, MeanField, QuadratureELBO, TimeELBO, score, token_log_probs
+from espo_lightning.scoring.likelihood import ELBO, MeanField, QuadratureELBO, TimeELBO
 from espo_lightning.scoring.masks import Masks, bernoulli_masks, count_masks, full_mask, quadrature_masks
+from espo_lightning.scoring.score import score, token_log_probs
 
 PROMPT = Prompts(torch.zeros(1, 2, dtype=torch.int64), None)
 COUNT_LAWS = [(False, 0), (True, 0), (False, 1)]  # coupled, smallest
@@ -434,11 +436,11 @@ def test_coupling_is_no_guarantee_against_two_independent_forwards():
 
 
 @pytest.mark.parametrize("coupled", [False, True])
-def test_single_views_are_the_parts_of_every_draw(coupled):
+def test_single_passes_are_the_parts_of_every_draw(coupled):
     policy, completion, _ = tabular(7)
     prompts, completions = PROMPT.repeat_each(20), completion.expand(20, -1)
     masks = ELBO(draws=3, coupled=coupled).draw(keys_of(22, 20), 4)
-    views, per_draw = masks.single_views(), 1 + coupled
+    views, per_draw = masks.single_passes(), 1 + coupled
     assert len(views) == 3 * per_draw
     terms = score(policy, prompts, completions, masks)
     for m in range(3):
@@ -669,7 +671,7 @@ def test_gradient_view_by_view_is_that_of_one_graph(kind, coupled, ratio):
     (coefficients,) = torch.autograd.grad(loss(leaf), leaf)
     assert (coefficients != 0).any()
     accumulated = [torch.zeros_like(p) for p in parameters]
-    views = masks.single_views()
+    views = masks.single_passes()
     for n, view in enumerate(views):
         part = score(policy, prompts, completions, view)[0]
         objective = (coefficients[n * masks.hidden.shape[0] // len(views)] * part).sum()

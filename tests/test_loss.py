@@ -5,21 +5,10 @@ import math
 import pytest
 import torch
 
-from espo_lightning.objectives.loss import (
-    clip_range_of_nats,
-    espo_loss,
-    k1,
-    k1_score,
-    k2,
-    k2_u,
-    k3,
-    leave_one_out,
-    mean_centred,
-    nats_of_clip_range,
-    sequence_ratio,
-    standardised,
-    token_ratio,
-)
+from espo_lightning.objectives.advantages import leave_one_out, mean_centred, standardised
+from espo_lightning.objectives.kl import k1, k1_score, k2, k2_u, k3
+from espo_lightning.objectives.policy_gradient import clip_range_of_nats, espo_loss, nats_of_clip_range
+from espo_lightning.objectives.ratios import sequence_ratio, token_ratio
 
 DRAWS, BATCH, LENGTH = 3, 5, 7
 

@@ -13,6 +13,7 @@ from espo_lightning import (
     ELBO,
     Decoding,
     MeanField,
+    PolicyGradient,
     PromptDataModule,
     QuadratureELBO,
     TimeELBO,
@@ -23,9 +24,11 @@ from espo_lightning import (
     mean_centred,
     random_order,
     score,
+    sequence_ratio,
     standardised,
     token_ratio,
 )
+from espo_lightning.training.rollout import chunks
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -69,8 +72,8 @@ def test_old_scores_equal_those_of_a_separate_pass_bit_for_bit():
     prompts, completion, keys = module.complete(problems)
     assert prompts.mask is not None  # padded
     masks = module.likelihood.draw(keys, 4)
-    separate = module.score(module.policy, prompts, completion, masks)
-    with_graph = [score(module.policy, prompts.of(r), completion[r], masks.of(r)) for r in module.chunks(8)]
+    separate = module.score(module.policy, prompts, completion, masks) * masks.weight
+    with_graph = [score(module.policy, prompts.of(r), completion[r], masks.of(r)) for r in chunks(8, 3)]
     assert torch.equal(separate, torch.cat(with_graph, 1))
     assert with_graph[0].requires_grad
 
@@ -225,7 +228,7 @@ CHANGES = {
     "mean field": {"likelihood": MeanField()},
     "ratio": {"ratio": token_ratio},
     "clip_range": {"clip_range": 1e-4},
-    "clip_nats": {"clip_range": None, "clip_nats": 1e-3},
+    "clip_nats": {"clip_nats": 1e-3},
     "k1": {"kl": k1},
     "k1_score": {"kl": k1_score},
     "k2_u": {"kl": k2_u},
@@ -274,7 +277,7 @@ def test_every_option_has_an_effect(trained, name):
 
 
 def test_clip_in_nats_equals_the_same_clip_in_the_papers_unit(trained):
-    nats = trained("nats", {"clip_range": None, "clip_nats": 4 * math.log1p(0.02)})
+    nats = trained("nats", {"clip_nats": 4 * math.log1p(0.02)})
     torch.testing.assert_close(nats, trained("base", {}), rtol=1e-6, atol=1e-7)
 
 
@@ -287,8 +290,11 @@ def test_clip_in_nats_equals_the_same_clip_in_the_papers_unit(trained):
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"updates": 0}, "updates and micro_batch must be at least 1"),
         ({"micro_batch": 0}, "updates and micro_batch must be at least 1"),
-        ({"clip_nats": 1.0}, "null for the other"),
-        ({"clip_range": None}, "null for the other"),
+        ({"clip_range": None}, "give clip_range or clip_nats"),
+        ({"clip_range": -0.1}, "clip_range must be 0 or positive"),
+        ({"clip_nats": math.nan}, "clip_nats must be 0 or positive"),
+        ({"beta": -1.0}, "beta must be 0"),
+        ({"beta": 0, "to_old": True}, "to_old has no effect"),
         ({"compile": "nothing"}, "compile must be one of"),
         ({"kl": k2_u}, "independent mask draws"),
         ({"kl": k2_u, "likelihood": ELBO(draws=4, stratified=True)}, "independent mask draws"),
@@ -335,11 +341,12 @@ class Poison(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         poisoned = batch_idx in self.rollouts
-        module.ratio = (lambda new, old: (new - old).mean((0, 2))[:, None] * math.nan) if poisoned else _ratio
+        module.objective = PolicyGradient(ratio=_nan_ratio if poisoned else sequence_ratio)
 
 
-def _ratio(new, old):
-    return (new - old).mean((0, 2)).exp()[:, None]
+def _nan_ratio(scores):
+    log_ratio, weight = sequence_ratio(scores)
+    return log_ratio * math.nan, weight
 
 
 def test_a_nan_gradient_skips_the_update_and_is_counted(tmp_path):

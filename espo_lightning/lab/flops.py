@@ -9,10 +9,9 @@ once per mask set. docs/scaling.md has the same as equations.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.lab.network import Network
+from espo_lightning.objectives.objective import Objective
 from espo_lightning.policies.prefix import HEAD_BYTES
 from espo_lightning.scoring.masks import Masks
 
@@ -55,11 +54,11 @@ def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
 
 
 def scoring_passes(masks: Masks, width: int, micro_batch: int) -> Passes:
-    """Those of `score` in micro-batches: no row with nothing hidden, but at least one per call."""
-    views = torch.cat([masks.hidden, ~masks.hidden]) if masks.coupled else masks.hidden  # [H M, B, L]
-    used = views.any(-1)
+    """Those of `log_probs` in micro-batches: no row that scores nothing, but at least one per call."""
+    scored = masks.scored.flatten(0, 1)  # [H M, B, L]
+    used = scored.any(-1)
     idle = ~used[0, ::micro_batch]  # the first row of a call always runs
-    return Passes(len(idle), int(used.sum() + idle.sum()), width, int(views.sum()))
+    return Passes(len(idle), int(used.sum() + idle.sum()), width, int(scored.sum()))
 
 
 class Work(NamedTuple):
@@ -76,7 +75,7 @@ class Work(NamedTuple):
 
 
 def work(
-    rollout: Passes, masks: list[Masks], *, updates: int, reference: bool, micro_batch: int, view_by_view: bool
+    rollout: Passes, masks: list[Masks], *, updates: int, objective: Objective, micro_batch: int, view_by_view: bool
 ) -> Work:
     """What `ESPOModule.training_step` runs.
 
@@ -84,18 +83,18 @@ def work(
         rollout: see `decoding_passes`.
         masks: U sets [M, B, L]; U = ``updates``, or 1 if they are reused.
         updates, micro_batch, view_by_view: as in `ESPOModule`.
-        reference: whether beta is not 0.
+        objective: says whether old and reference log-probabilities are needed.
     """
     nothing = rollout * 0
     sets = [scoring_passes(m, rollout.width, micro_batch) for m in masks]
     trained = sum(sets, nothing) * (updates // len(sets))
     if view_by_view:
-        views = [scoring_passes(view, rollout.width, micro_batch) for m in masks for view in m.single_views()]
+        views = [scoring_passes(view, rollout.width, micro_batch) for m in masks for view in m.single_passes()]
         single = sum(views, nothing) * (updates // len(sets))
     return Work(
         rollout=rollout,
-        old=sum(sets[1:], nothing),
-        reference=sum(sets, nothing) if reference else nothing,
+        old=sum(sets[1:], nothing) if objective.old else nothing,
+        reference=sum(sets, nothing) if objective.reference else nothing,
         terms=trained if view_by_view else nothing,
         updates=single if view_by_view else trained,
     )

@@ -108,10 +108,10 @@ def completion_edges(symbols: int, length: int) -> Tensor:
 def table_entries(masks: Masks) -> Tensor:
     """Where the log-probability of each term stands in its completion's flat table [2^L L]: int64 [M, B, L]."""
     length = masks.hidden.shape[-1]
-    code = (masks.hidden * 2 ** torch.arange(length)).sum(-1, keepdim=True)
-    # a coupled draw scores the other positions with the complement hidden
-    code = torch.where(masks.hidden | (not masks.coupled), code, 2**length - 1 - code)
-    return code * length + torch.arange(length)
+    code = (masks.passes * 2 ** torch.arange(length)).sum(-1, keepdim=True)  # of every pass, [H, M, B, 1]
+    scored = masks.scored
+    reading = torch.where(scored.any(0), (code * scored).sum(0), code[0])  # of the pass that reads a position
+    return reading * length + torch.arange(length)
 
 
 class MaskedCompletions(NamedTuple):

@@ -16,8 +16,9 @@ from torch import Tensor
 from espo_lightning.decoding.masked import Decoding, generate
 from espo_lightning.keys import fold_in
 from espo_lightning.policies.policy import Policy, Prompts
-from espo_lightning.scoring.likelihood import ELBO, Likelihood, score
+from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.scoring.masks import Masks
+from espo_lightning.scoring.score import score
 
 
 class DiffusionLM(LM):
@@ -122,7 +123,7 @@ class DiffusionLM(LM):
 def in_parts(masks: Masks, size: int) -> list[Masks]:
     """Masks of at most ``size`` draws each."""
     pairs = zip(masks.hidden.split(size), masks.weight.split(size))
-    return [Masks(hidden, weight, masks.coupled) for hidden, weight in pairs]
+    return [masks._replace(hidden=hidden, weight=weight) for hidden, weight in pairs]
 
 
 def cut(text: str, until: str | list[str] | None) -> str:

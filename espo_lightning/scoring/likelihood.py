@@ -1,53 +1,60 @@
 """Likelihoods of a completion: mask laws and one way of scoring for masked diffusion LMs, the exact one for causal LMs.
 
-A likelihood draws masks (data, so that policy, old policy and reference are scored on the same ones)
-and turns them into *terms* [M, B, L]: weighted log-probabilities whose mean over the M draws of the sum
+A likelihood draws masks (data, so that policy, old policy and reference are scored on the same ones) and takes
+log-probabilities [M, B, L] on them. Times the masks' weights these are *terms*, whose mean over the M draws of the sum
 over the L positions is the score S of a completion, in nats per sequence.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espo_lightning.scoring.masks import Masks, bernoulli_masks, count_masks, full_mask, quadrature_masks
+from espo_lightning.keys import fold_in
+from espo_lightning.scoring.masks import (
+    Masks,
+    bernoulli_masks,
+    count_masks,
+    full_mask,
+    prompt_noise,
+    quadrature_masks,
+)
+from espo_lightning.scoring.score import log_probs, token_log_probs
 
 
-def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target]: [n, V] float32, [n] -> [n]."""
-    return -F.cross_entropy(logits, targets, reduction="none")
+class Seen(NamedTuple):
+    """What a mask law may look at: B completions of L tokens after prompts of width P.
 
-
-def score(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
-    """Terms of the completions on given masks; the only place where a diffusion likelihood is computed.
-
-    The two halves of a coupled draw go through the policy in one batch, and the language-model head
-    runs only on the positions that are scored: L per coupled draw, not 2(P + L).
-
-    Args:
-        policy: a `Policy`, or any callable like it with a ``mask_id``.
-        prompts: `Prompts` of B rows and width P.
-        completion: token ids [B, L].
-        masks: `Masks` [M, B, L].
-
-    Returns:
-        [M, B, L], float32 from a `Policy`: ``masks.weight`` times log p(y_i | x, the visible tokens).
+    valid: bool [B, L], up to and including the first end-of-text token. prompt: bool [B, P], real tokens of the prompt.
+    keys: int64 [B], the same for all updates of a rollout. update, updates: number of this update, and of all.
     """
-    halves = torch.stack([masks.hidden, ~masks.hidden]) if masks.coupled else masks.hidden.unsqueeze(0)  # [H, M, B, L]
-    views = halves.flatten(0, 2)  # [H M B, L]
-    used = views.any(-1)  # a half with nothing hidden needs no forward,
-    used[0] = True  # but one row always runs, so that every process makes the same calls
-    used = used.nonzero().squeeze(-1)
-    owner, hidden = used % len(completion), views[used]
-    ids = torch.cat([prompts.ids[owner], completion[owner].masked_fill(hidden, policy.mask_id)], 1)
-    attention = prompts.attention(completion.shape[1])
-    select = F.pad(hidden, (prompts.ids.shape[1], 0))
-    targets = completion[owner][hidden]
-    log_probs = policy(ids, None if attention is None else attention[owner], select, token_log_probs, targets)
-    terms = log_probs.new_zeros(halves.shape).masked_scatter(halves, log_probs).sum(0)
-    return terms * masks.weight
+
+    valid: Tensor
+    prompt: Tensor
+    keys: Tensor
+    update: int = 0
+    updates: int = 1
+
+    @classmethod
+    def whole(cls, keys: Tensor, length: int) -> "Seen":
+        """Completions that fill the canvas, without prompts."""
+        valid = torch.ones(len(keys), length, dtype=torch.bool, device=keys.device)
+        return cls(valid, valid[:, :0], keys)
+
+    @classmethod
+    def of(cls, policy, prompts, completion: Tensor, keys: Tensor, updates: int = 1) -> "Seen":
+        """Completions [B, L] of a `Policy` after `Prompts`, before the first update."""
+        position = torch.arange(completion.shape[1], device=completion.device)
+        valid = position <= policy.lengths(completion).unsqueeze(-1)  # with the end-of-text token, if there is one
+        real = torch.ones_like(prompts.ids, dtype=torch.bool) if prompts.mask is None else prompts.mask
+        return cls(valid, real, keys, updates=updates)
+
+    def of_rows(self, rows: Tensor) -> "Seen":
+        """The same of some completions."""
+        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows])
 
 
 class Likelihood(ABC):
@@ -60,8 +67,13 @@ class Likelihood(ABC):
     independent_draws: int = 1
     random: bool = True
 
-    def check(self, policy) -> None:
-        """Raise a ValueError if the policy cannot be scored this way."""
+    def check(self, policy, length: int, updates: int = 1) -> None:
+        """Raise a ValueError if the policy cannot be scored this way.
+
+        Args:
+            length: canvas width L.
+            updates: inner updates per rollout.
+        """
         if policy.mask_id is None:
             raise ValueError(
                 f"the policy is a causal model, which cannot denoise, and {type(self).__name__} scores denoising: use "
@@ -71,11 +83,30 @@ class Likelihood(ABC):
 
     @abstractmethod
     def draw(self, keys: Tensor, length: int) -> Masks:
-        """Masks [M, B, L] for completions of ``length`` tokens with int64 keys [B]."""
+        """Masks [M, B, L] for completions that fill a canvas of ``length`` tokens, with int64 keys [B]."""
+
+    def masks(self, keys: Tensor, seen: Seen) -> Masks:
+        """Masks [M, B, L] of decoded completions, with int64 keys [B]; a law that looks at them overrides it."""
+        return self.draw(keys, seen.valid.shape[1])
+
+    def log_probs(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
+        """Log-probabilities [M, B, L] of completions [B, L] on given masks, see `score.log_probs`."""
+        return log_probs(policy, prompts, completion, masks)
 
     def terms(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
-        """Terms [M, B, L] of completions [B, L] on given masks, see `score`."""
-        return score(policy, prompts, completion, masks)
+        """The same times the weights of the masks."""
+        return self.log_probs(policy, prompts, completion, masks) * masks.weight
+
+
+class SeenLikelihood(Likelihood):
+    """A likelihood whose mask law looks at what was decoded: subclasses define `masks`."""
+
+    @abstractmethod
+    def masks(self, keys: Tensor, seen: Seen) -> Masks:
+        """Masks [M, B, L], see `Likelihood.masks`."""
+
+    def draw(self, keys: Tensor, length: int) -> Masks:
+        return self.masks(keys, Seen.whole(keys, length))
 
 
 @dataclass(frozen=True)
@@ -146,13 +177,32 @@ class QuadratureELBO(Likelihood):
 
 
 @dataclass(frozen=True)
-class MeanField(Likelihood):
-    """sum_i log p(y_i | x, everything masked), the paper's ablation and diffu-GRPO's likelihood; not a bound."""
+class MeanField(SeenLikelihood):
+    """sum_i log p(y_i | x, everything masked): the paper's ablation and, with noise, diffu-GRPO's score; not a bound.
 
-    random = False
+    Args:
+        prompt_noise: chance to show a token of the prompt as [MASK] (d1, arXiv:2504.12216, takes 0.15).
+        to_end: score up to and including the first end-of-text token only, not the whole canvas.
 
-    def draw(self, keys: Tensor, length: int) -> Masks:
-        return full_mask(keys, length)
+    Raises:
+        ValueError: a noise outside [0, 1).
+    """
+
+    prompt_noise: float = 0.0
+    to_end: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.prompt_noise < 1:
+            raise ValueError(f"prompt_noise must be a chance from 0 to below 1, got {self.prompt_noise}")
+
+    @property
+    def random(self) -> bool:
+        return self.prompt_noise > 0
+
+    def masks(self, keys: Tensor, seen: Seen) -> Masks:
+        hidden, weight, coupled, _ = full_mask(keys, seen.valid.shape[1])
+        noise = prompt_noise(fold_in(keys, -7).unsqueeze(0), seen.prompt, self.prompt_noise)
+        return Masks(hidden, weight * seen.valid if self.to_end else weight, coupled, noise)
 
 
 @dataclass(frozen=True)
@@ -167,7 +217,7 @@ class Autoregressive(Likelihood):
 
     random = False
 
-    def check(self, policy) -> None:
+    def check(self, policy, length: int, updates: int = 1) -> None:
         if policy.mask_id is not None:
             raise ValueError(
                 "likelihood=Autoregressive scores a token given those before it, but the policy is a diffusion model, "
@@ -177,8 +227,8 @@ class Autoregressive(Likelihood):
     def draw(self, keys: Tensor, length: int) -> Masks:
         return full_mask(keys, length)  # no position sees itself
 
-    def terms(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
-        """Terms [1, B, L]: log p(y_i | x, y_<i) up to and including the first end-of-text token, 0 after it.
+    def log_probs(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
+        """[1, B, L] nats: log p(y_i | x, y_<i) up to and including the first end-of-text token, 0 after it.
 
         Their sum is the log-probability with which `AutoregressiveDecoding` at temperature 1 draws the completion.
         """
@@ -186,5 +236,5 @@ class Autoregressive(Likelihood):
         scored = torch.arange(length, device=completion.device) <= policy.lengths(completion).unsqueeze(-1)
         ids = torch.cat([prompts.ids, completion[:, :-1]], 1)  # the last token predicts nothing
         select = F.pad(scored, (prompts.ids.shape[1], 0))
-        log_probs = policy(ids, prompts.attention(length - 1), select, token_log_probs, completion[scored])
-        return log_probs.new_zeros(scored.shape).masked_scatter(scored, log_probs) * masks.weight
+        values = policy(ids, prompts.attention(length - 1), select, token_log_probs, completion[scored])
+        return values.new_zeros(scored.shape).masked_scatter(scored, values).unsqueeze(0)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espo_lightning.keys import fold_in, randint, random_subset, uniform
+from espo_lightning.keys import fold_in, randint, random_bits, random_subset, uniform
 
 
 class Masks(NamedTuple):
@@ -14,25 +14,40 @@ class Masks(NamedTuple):
     hidden: bool [M, B, L], the positions shown as [MASK] in the forward pass of a draw.
     weight: float32 [M, B, L], the factor of each position's log-probability in the score; 0 = not scored.
     coupled: whether a second forward with the complement of ``hidden`` scores the other positions.
+    prompt: bool [M, B, P], tokens of the prompt that are shown as [MASK], never scored; None = none.
 
+    That a draw may be a mask and its complement is known here only: everyone else asks for `passes` and `scored`.
     """
 
     hidden: Tensor
     weight: Tensor
     coupled: bool
+    prompt: Tensor | None = None
+
+    @property
+    def passes(self) -> Tensor:
+        """What every forward pass hides: bool [H, M, B, L]; H passes make a draw."""
+        return torch.stack([self.hidden, ~self.hidden]) if self.coupled else self.hidden.unsqueeze(0)
+
+    @property
+    def scored(self) -> Tensor:
+        """Where every forward pass is read: bool [H, M, B, L]; no position of a draw is read twice."""
+        return self.passes & (self.weight != 0)
 
     def of(self, rows: slice | Tensor) -> "Masks":
         """The masks of some of the completions."""
-        return Masks(self.hidden[:, rows], self.weight[:, rows], self.coupled)
+        prompt = None if self.prompt is None else self.prompt[:, rows]
+        return Masks(self.hidden[:, rows], self.weight[:, rows], self.coupled, prompt)
 
-    def single_views(self) -> list["Masks"]:
-        """One-forward masks [1, B, L] whose terms add up, draw by draw, to this one's: M of them, or 2M if coupled."""
-        views = []
-        for hidden, weight in zip(self.hidden, self.weight):
-            views.append((hidden, weight * hidden))
-            if self.coupled:
-                views.append((~hidden, weight * ~hidden))
-        return [Masks(hidden[None], weight[None], False) for hidden, weight in views]
+    def single_passes(self) -> list["Masks"]:
+        """Masks [1, B, L] of one forward pass each, whose terms add up, draw by draw, to this one's: M H of them."""
+        prompts = [None] * len(self.weight) if self.prompt is None else self.prompt
+        draws = zip(self.passes.unbind(1), self.weight, prompts)
+        return [
+            Masks(hidden[None], (weight * hidden)[None], False, None if prompt is None else prompt[None])
+            for passes, weight, prompt in draws
+            for hidden in passes
+        ]
 
 
 def count_masks(keys: Tensor, length: int, draws: int, *, coupled: bool, stratified: bool, smallest: int = 0) -> Masks:
@@ -107,3 +122,73 @@ def full_mask(keys: Tensor, length: int) -> Masks:
     """The one-step mean field log p(y_i | x, all masked): everything hidden, weight 1."""
     hidden = torch.ones(1, len(keys), length, dtype=torch.bool, device=keys.device)
     return Masks(hidden, hidden.float(), False)
+
+
+def token_view_masks(keys: Tensor, valid: Tensor, *, low: float, high: float) -> Masks:
+    """coupled-GRPO's three views of every token (DiffuCoder, arXiv:2506.20639) as two draws; a sum, no likelihood.
+
+    Draw 0 hides everything, weight 1. Draw 1 hides each position with chance r ~ U(low, high), weight 1/r, and is
+    coupled: its complement has weight 1/(1-r). Nothing after the end is scored; there, views 2 and 3 show the end.
+
+    Args:
+        keys: int64 [B].
+        valid: bool [B, L], up to and including the first end-of-text token.
+    """
+    u = uniform(fold_in(keys, -6), valid.shape[1] + 1)
+    r = low + (high - low) * u[:, :1]
+    hidden = u[:, 1:] < r
+    weight = torch.stack([torch.ones_like(valid, dtype=u.dtype), torch.where(hidden, 1 / r, 1 / (1 - r))])
+    return Masks(torch.stack([torch.ones_like(hidden), hidden]), (weight * valid).float(), True)
+
+
+def random_view_masks(keys: Tensor, valid: Tensor, level: Tensor) -> Masks:
+    """UniGRPO's views (dLLM-RL, arXiv:2509.06949): each valid token hidden with chance t, at least one.
+
+    Everything after the end is hidden, too. The weight is 1 on what is hidden and valid, so that a score is a sum over
+    those tokens, not a likelihood.
+
+    Args:
+        keys: int64 [M, B].
+        valid: bool [B, L].
+        level: t, float64 [M, B].
+    """
+    u = uniform(keys, valid.shape[1]).masked_fill(~valid, 2.0)
+    hidden = (u < level.unsqueeze(-1)) | (u == u.amin(-1, keepdim=True))
+    return Masks(hidden | ~valid, (hidden & valid).float(), False)
+
+
+def block_view_masks(keys: Tensor, valid: Tensor, prompt: Tensor, draws: int, *, block: int, noise: float) -> Masks:
+    """SPG's views (arXiv:2510.09541): part of one block, all later blocks, and a little of what precedes it.
+
+    A block is drawn uniformly from those that hold valid tokens, then how many of its n valid tokens are hidden,
+    uniformly on 1..n, then which. Later blocks and everything after the end are hidden. Of the prompt and of
+    earlier blocks each token is hidden with chance ``noise``. Weight |y| / k on the k hidden and valid tokens.
+
+    Args:
+        keys: int64 [B].
+        valid: bool [B, L].
+        prompt: bool [B, P], the real tokens of the prompt.
+        draws: M, independent.
+        block: tokens of a block; it divides L.
+        noise: chance to hide a token that precedes the block.
+    """
+    length = valid.shape[1]
+    keys = fold_in(fold_in(keys, -8), torch.arange(draws, device=keys.device).unsqueeze(-1))  # [M, B]
+    tokens = valid.sum(-1)
+    chosen = randint(fold_in(keys, 0), (tokens + block - 1) // block)  # [M, B]
+    number = torch.arange(length, device=keys.device) // block  # of each position's block
+    inside = (number == chosen.unsqueeze(-1)) & valid  # [M, B, L]
+    count = 1 + randint(fold_in(keys, 1), inside.sum(-1))
+    last = torch.iinfo(torch.int64).max
+    ranks = random_bits(fold_in(keys, 2), length).masked_fill(~inside, last).argsort(-1).argsort(-1)
+    noisy = uniform(fold_in(keys, 3), length) < noise
+    before, after = number < chosen.unsqueeze(-1), number > chosen.unsqueeze(-1)
+    hidden = (inside & (ranks < count.unsqueeze(-1))) | after | ~valid | (before & noisy)
+    scored = hidden & valid
+    weight = torch.where(scored, tokens.unsqueeze(-1) / scored.sum(-1, keepdim=True), 0.0)
+    return Masks(hidden, weight.float(), False, prompt_noise(fold_in(keys, 4), prompt, noise))
+
+
+def prompt_noise(keys: Tensor, prompt: Tensor, noise: float) -> Tensor | None:
+    """Each real token of prompts [B, P] hidden with chance ``noise``: keys [M, B] -> bool [M, B, P]; None without."""
+    return (uniform(keys, prompt.shape[1]) < noise) & prompt if noise else None

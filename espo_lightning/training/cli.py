@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import RECORD, DirectCheckpointIO, RunCheckpoint, check_space
 from espo_lightning.training.command_line import BAD_INPUT, option, spelt_out
+from espo_lightning.training.moved import with_advice
 from espo_lightning.training.run_folder import Claim, Metrics, recover, resume_command, run_of
 from espo_lightning.training.screen import progress, quiet
 from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
@@ -117,6 +118,9 @@ class TrainingCLI(LightningCLI):
             if self.claim is not None:
                 self.claim.release()
             raise
+
+    def init_parser(self, **kwargs):
+        return with_advice(super().init_parser(**kwargs))
 
     def add_arguments_to_parser(self, parser) -> None:
         add, help_of_path = (

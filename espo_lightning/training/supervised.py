@@ -6,7 +6,7 @@ from torch import Tensor
 
 from espo_lightning.keys import fold_in
 from espo_lightning.policies.policy import Policy
-from espo_lightning.scoring.likelihood import ELBO, Likelihood
+from espo_lightning.scoring.likelihood import ELBO, Likelihood, Seen
 from espo_lightning.tasks.base import Problem
 from espo_lightning.training.checkpoints import PolicyModule
 from espo_lightning.training.strategies import shard
@@ -51,7 +51,7 @@ class SFTModule(PolicyModule):
         seed: int = 0,
     ):
         super().__init__()
-        likelihood.check(policy)
+        likelihood.check(policy, length)
         self.policy, self.length, self.likelihood = policy, length, likelihood
         self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
         self.leave_out_frozen()
@@ -63,7 +63,8 @@ class SFTModule(PolicyModule):
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
         answers = encode_answers(self.policy, [p.answer for p in problems], self.length)
         index = self.global_rank * len(problems) + torch.arange(len(problems), device=answers.device)
-        masks = self.likelihood.draw(fold_in(fold_in(self.seed, self.global_step).to(index.device), index), self.length)
+        keys = fold_in(fold_in(self.seed, self.global_step).to(index.device), index)
+        masks = self.likelihood.masks(keys, Seen.of(self.policy, prompts, answers, keys))
         loss = -self.likelihood.terms(self.policy, prompts, answers, masks).sum(-1).mean() / self.length
         self.log("train/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)
         return loss

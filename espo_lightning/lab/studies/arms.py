@@ -9,7 +9,8 @@ from espo_lightning.lab.flops import decoding_passes, flops
 from espo_lightning.lab.network import read_network
 from espo_lightning.lab.studies.kl import KLS
 from espo_lightning.lab.studies.ratios import RATIOS
-from espo_lightning.lab.studies.states import SUDOKU, new_module
+from espo_lightning.lab.studies.states import LEARNING_RATE, SUDOKU, new_module
+from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, MeanField
@@ -28,7 +29,7 @@ class Arm:
         likelihood: "ELBO" or "mean field".
         draws, coupled: of the ELBO.
         kl: a key of `KLS`.
-        beta, updates, fresh_masks, clip_range: see `ESPOModule`.
+        beta, clip_range: see `PolicyGradient`. updates, fresh_masks: see `ESPOModule`.
         steps: denoising steps of a rollout.
         lr: learning rate.
     """
@@ -43,7 +44,7 @@ class Arm:
     fresh_masks: bool = True
     clip_range: float = 0.05
     steps: int = 16
-    lr: float = 1e-4
+    lr: float = LEARNING_RATE
 
     def __post_init__(self):
         if self.likelihood not in ("ELBO", "mean field"):
@@ -62,12 +63,11 @@ class Arm:
             lr=self.lr,
             decoding=Decoding(steps=self.steps),
             likelihood=likelihood,
-            ratio=RATIOS[self.ratio],
-            kl=KLS[self.kl],
-            beta=self.beta,
+            objective=PolicyGradient(
+                ratio=RATIOS[self.ratio], clip_range=self.clip_range, kl=KLS[self.kl], beta=self.beta
+            ),
             updates=self.updates,
             fresh_masks=self.fresh_masks,
-            clip_range=self.clip_range,
             **changes,
         )
 
@@ -85,7 +85,7 @@ def expected_flops(arm: Arm) -> dict[str, float]:
         length,
         module.updates if module.fresh_masks else 1,
         updates=module.updates,
-        reference=module.beta != 0,
+        objective=module.objective,
         micro_batch=completions,
         view_by_view=False,
     )

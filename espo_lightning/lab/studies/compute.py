@@ -12,6 +12,7 @@ from espo_lightning.lab.flops import decoding_passes, flops
 from espo_lightning.lab.network import LLADA_8B
 from espo_lightning.lab.studies.arms import PROMPTS, Arm, expected_flops
 from espo_lightning.lab.studies.states import train
+from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.scoring.likelihood import ELBO
 from espo_lightning.tasks import Sudoku
 from espo_lightning.training.module import ESPOModule
@@ -112,7 +113,7 @@ def paper_costs(draws: list[int], updates: int, steps: int, length: int, prompt_
                 length,
                 updates,
                 updates=updates,
-                reference=True,
+                objective=PolicyGradient(),
                 micro_batch=1,
                 view_by_view=False,
             )

@@ -9,6 +9,7 @@ from espo_lightning.lab.exact import random_order_log_likelihood, subset_log_pro
 from espo_lightning.lab.studies.arms import PROMPTS, Arm
 from espo_lightning.lab.studies.states import SUDOKU, empty_cells, held_out, new_module, teach, train, train_or_diverge
 from espo_lightning.lab.studies.statistics import broken_line, first_above
+from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks import Problem, Sudoku, Task
@@ -74,7 +75,7 @@ def jump(
     for reward in rewards:
         policy = deepcopy(base)
         snapshots = train(
-            new_module(policy, seed, beta=0.0),
+            new_module(policy, seed, objective=PolicyGradient(beta=0.0)),
             tasks[reward],
             seed,
             rollouts,

@@ -18,13 +18,14 @@ from espo_lightning.lab.studies.states import (
     train,
     true_measures,
 )
-from espo_lightning.objectives import loss as losses
+from espo_lightning.objectives.kl import k1, k1_score, k2, k2_u, k3
+from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
 from espo_lightning.scoring.likelihood import ELBO
 from espo_lightning.tasks import Sudoku
 
-KLS = {"k1": losses.k1, "k1 + score": losses.k1_score, "k2": losses.k2, "k2_u": losses.k2_u, "k3": losses.k3}
+KLS = {"k1": k1, "k1 + score": k1_score, "k2": k2, "k2_u": k2_u, "k3": k3}
 
 
 def kl_estimators(seed: int, *, rollouts: list[int], states: int, free: int, draws: list[int], samples: int) -> dict:
@@ -36,7 +37,9 @@ def kl_estimators(seed: int, *, rollouts: list[int], states: int, free: int, dra
     """
     task, reference = Sudoku(), load_policy(SUDOKU)
     contested = contested_states(reference, seed, states, free)
-    policies = train(new_module(load_policy(SUDOKU), seed, beta=0.0), task, seed, max(rollouts), rollouts).policies
+    policies = train(
+        new_module(load_policy(SUDOKU), seed, objective=PolicyGradient(beta=0.0)), task, seed, max(rollouts), rollouts
+    ).policies
     return {
         "stages": [
             {
@@ -61,12 +64,12 @@ def kl_stage(states: list[State], reference: Policy, draws: list[int], samples: 
         for m in draws:
             masked = mask_completions(ELBO(draws=m), symbols, length, samples, key)
             for name, kl in KLS.items():
-                if kl is not losses.k2_u or m > 1:
+                if kl is not k2_u or m > 1:
                     estimators[f"{name}, M={m}"] = Estimator(masked, partial(penalty, masked.terms(ref), kl))
         estimated = estimator_moments(gradients, gradients.products(), probability, estimators)
         means = {name: m.mean for name, m in estimated.items()}
         for name, kl in KLS.items():  # the control: exact log-likelihoods
-            if kl is not losses.k2_u:
+            if kl is not k2_u:
                 means[f"{name}, exact"] = gradients.of(
                     lambda e, k=kl, r=ref_likelihood, p=probability: (
                         p * k((log_likelihoods(e) - r).unsqueeze(0))
@@ -142,7 +145,9 @@ def kl_training(
     result = {}
     for arm, (name, beta) in arms.items():
         likelihood = ELBO(draws=2)  # k2_u needs two
-        module = new_module(load_policy(SUDOKU), seed, likelihood=likelihood, kl=KLS[name], beta=beta)
+        module = new_module(
+            load_policy(SUDOKU), seed, likelihood=likelihood, objective=PolicyGradient(kl=KLS[name], beta=beta)
+        )
         snapshots = train(module, task, seed, rollouts, range(0, rollouts + 1, every))
         curve = [
             {"rollout": at, **held_out(policy, task, problems), **true_measures(contested, policy)}

@@ -20,15 +20,17 @@ from espo_lightning.lab.gradients import (
     table_entries,
 )
 from espo_lightning.lab.studies.states import SUDOKU, State, contested_states, empty_cells, new_module, numbers, train
-from espo_lightning.objectives import loss as losses
+from espo_lightning.objectives.policy_gradient import clip_range_of_nats, espo_loss
+from espo_lightning.objectives.ratios import sequence_ratio, token_ratio
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
-from espo_lightning.scoring.likelihood import ELBO, Likelihood, MeanField, score
+from espo_lightning.scoring.likelihood import ELBO, Likelihood, MeanField
 from espo_lightning.scoring.masks import Masks
+from espo_lightning.scoring.score import score
 from espo_lightning.tasks import Problem, Sudoku
 from espo_lightning.training.module import ESPOModule, Rollout
 
-RATIOS = {"token": losses.token_ratio, "sequence": losses.sequence_ratio}
+RATIOS = {"token": token_ratio, "sequence": sequence_ratio}
 
 
 class Recorded(ESPOModule):
@@ -157,8 +159,8 @@ def ratio_estimators(
 
 def surrogate(old: Tensor, advantages: Tensor, ratio: Callable, nats: float, terms: Tensor) -> Tensor:
     """The library's loss without penalty, summed over the rows. ``nats``: clip width per sequence."""
-    clip = losses.clip_range_of_nats(nats, terms.shape[-1])
-    return len(advantages) * losses.espo_loss(terms, old, None, advantages, clip_range=clip, beta=0.0, ratio=ratio)[0]
+    clip = clip_range_of_nats(nats, terms.shape[-1])
+    return len(advantages) * espo_loss(terms, old, None, advantages, clip_range=clip, beta=0.0, ratio=ratio)[0]
 
 
 CLIP_RANGES = (4e-4, 0.05, 0.2)  # of the authors' demos, of this library's default, of the authors' recipes
@@ -243,4 +245,4 @@ def table_surrogate(
     """Minus the library's loss of one completion on the given masks [M, S, L], from two tables; mean over the S."""
     entry = table_entries(masks)
     terms, old = (t.flatten()[entry] * masks.weight for t in (table, before))
-    return -losses.espo_loss(terms, old, None, advantages, clip_range=clip, beta=0.0, ratio=ratio)[0]
+    return -espo_loss(terms, old, None, advantages, clip_range=clip, beta=0.0, ratio=ratio)[0]

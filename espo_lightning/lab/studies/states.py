@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Iterable
 from functools import partial
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ from espo_lightning.training.supervised import SFTModule, encode_answers
 SUDOKU, COUNTDOWN = "bundled:sudoku", "bundled:countdown"
 SMALL_COUNTDOWN = Countdown(largest=10, largest_target=50)  # what its policy was trained for
 TABLE = 100  # a purpose of random keys, apart from those of training
-LEARNING_RATE = 1e-4  # of `fit`
+# the settings of `fit`, whose only place is the signature of `ESPOModule`
+DEFAULTS = signature(ESPOModule).parameters["optimizer"].default([torch.zeros(1, requires_grad=True)]).defaults
+LEARNING_RATE, WEIGHT_DECAY = DEFAULTS["lr"], DEFAULTS["weight_decay"]
 LESSONS = ELBO(coupled=False, smallest_count=1)  # how the bundled policies were taught
 
 
@@ -117,7 +120,7 @@ def new_module(
     policy: Policy, seed: int, kind: type[ESPOModule] = ESPOModule, lr: float = LEARNING_RATE, **changes
 ) -> ESPOModule:
     """An `ESPOModule` with the settings of `fit`."""
-    return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.01), **changes)
+    return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=WEIGHT_DECAY), **changes)
 
 
 def held_out(policy: Policy, task: Task, problems: int) -> dict[str, float]:

@@ -1,0 +1,42 @@
+"""Ratios: where a policy is compared with the one that decoded. Scores -> (log-ratios [B, U], weights [B, U]).
+
+A completion has U ratios, one for each unit that is an action of its own: the whole sequence, its tokens, or the tokens
+of each view. Weights sum to 1 over the units, unless it says otherwise.
+"""
+
+import torch
+from torch import Tensor
+
+from espo_lightning.objectives.objective import Scores
+
+
+def sequence_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """ESPO, Eq. 8 of arXiv:2512.03759: the difference of two ELBOs, per position of the canvas; U = 1."""
+    log_ratio = scores.delta(scores.old).mean((0, 2)).unsqueeze(-1)
+    return log_ratio, torch.ones_like(log_ratio)
+
+
+def token_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """A ratio for every position of the canvas, the GRPO-style ablation of arXiv:2512.03759; U = L, weights 1/L.
+
+    A position that is not scored has ratio 1, and counts.
+    """
+    log_ratio = scores.delta(scores.old).mean(0)
+    return log_ratio, torch.full_like(log_ratio, 1 / log_ratio.shape[-1])
+
+
+def scored_token_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """A ratio for every scored token, the draws averaged (d1, arXiv:2504.12216; DiffuCoder, 2506.20639); U = L."""
+    log_ratio, scored = scores.delta(scores.old).mean(0), scores.scored.any(0).to(scores.new.dtype)
+    return log_ratio, scored / scored.sum(-1, keepdim=True).clamp(min=1)
+
+
+def view_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """A ratio for every scored token of every draw, unweighted (UniGRPO in dLLM-RL, arXiv:2509.06949); U = M L.
+
+    Each draw counts 1/M, each of its scored tokens alike.
+    """
+    log_ratio = torch.where(scores.scored, scores.new - scores.old, 0.0)
+    scored = scores.scored.to(log_ratio.dtype)
+    weight = scored / scored.sum(-1, keepdim=True).clamp(min=1) / len(scored)
+    return log_ratio.movedim(0, 1).flatten(1), weight.movedim(0, 1).flatten(1)

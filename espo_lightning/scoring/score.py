@@ -1,0 +1,53 @@
+"""Scoring: the log-probabilities of completions on given masks. The only place where a diffusion policy is scored."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espo_lightning.scoring.masks import Masks
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target]: [n, V] float32, [n] -> [n]."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
+    """log p(y_i | x, the visible tokens) of completions on given masks.
+
+    All passes of all draws go through the policy in one batch, and the language-model head runs only on the positions
+    that are scored: L per coupled draw, not 2(P + L).
+
+    Args:
+        policy: a `Policy`, or any callable like it with a ``mask_id``.
+        prompts: `Prompts` of B rows and width P.
+        completion: token ids [B, L].
+        masks: `Masks` [M, B, L].
+
+    Returns:
+        [M, B, L] nats, float32 from a `Policy`; 0 where nothing is scored.
+    """
+    scored = masks.scored  # [H, M, B, L]
+    used = scored.any(-1).flatten()  # a pass that scores nothing needs no forward,
+    used[0] = True  # but one row always runs, so that every process makes the same calls
+    used = used.nonzero().squeeze(-1)
+    batch = len(completion)
+    owner, hidden, wanted = used % batch, masks.passes.flatten(0, 2)[used], scored.flatten(0, 2)[used]
+    prompt = prompts.ids[owner]
+    if masks.prompt is not None:
+        noise = masks.prompt.flatten(0, 1)[used % (len(masks.prompt) * batch)]
+        prompt = prompt.masked_fill(noise, policy.mask_id)
+    ids = torch.cat([prompt, completion[owner].masked_fill(hidden, policy.mask_id)], 1)
+    attention = prompts.attention(completion.shape[1])
+    select = F.pad(wanted, (prompts.ids.shape[1], 0))
+    targets = completion[owner][wanted]
+    values = policy(ids, None if attention is None else attention[owner], select, token_log_probs, targets)
+    return values.new_zeros(scored.shape).masked_scatter(scored, values).sum(0)
+
+
+def score(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
+    """Terms [M, B, L]: ``masks.weight`` times `log_probs`, whose arguments these are.
+
+    Their sum over the positions, averaged over the draws, is the score of a completion in nats per sequence.
+    """
+    return log_probs(policy, prompts, completion, masks) * masks.weight
