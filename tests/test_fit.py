@@ -15,6 +15,7 @@ import transformers
 import yaml
 
 from espo_lightning import evaluate, fit, load_policy, new_policy, sft
+from espo_lightning.training.report import read_metrics
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -196,7 +197,7 @@ def test_a_csv_of_an_earlier_part_is_kept_over_a_resume(folder, tmp_path):
     fit.main([*common, f"--ckpt_path={run_dir / 'checkpoints' / 'batch_000002.ckpt'}"])
     resumed = load_policy(run_dir / "policy").state_dict()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    rows = [r for r in fit.read_metrics(run_dir) if "train/reward" in r]
+    rows = [r for r in read_metrics(run_dir) if "train/reward" in r]
     assert [r["rollout"] for r in rows] == [1, 2, 3, 4]
     assert (run_dir / "metrics.000.csv").exists()
 

@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from espo_lightning.policies.policy import fingerprint
+from espo_lightning.training.report import read_metrics
 from espo_lightning.training.run_folder import (
+    Metrics,
     amount,
     checkpoints_in,
     recover,
@@ -210,8 +212,10 @@ class RunCheckpoint(Checkpoint):
         self.run_dir = Path(trainer.strategy.broadcast(str(self.run_dir)))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        row = {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith("val/")}
-        now = {"seconds": self.elapsed, "validation_due": self._due, "row": row}
+        """What the record says at this moment; with the batch's metrics, which are logged only after the checkpoint."""
+        logged = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k or k in ("rollout", "update")}
+        row = {key: value for key, value in logged.items() if not key.startswith("val/")}
+        now = {"seconds": self.elapsed, "validation_due": self._due, "row": row | {"epoch": trainer.current_epoch}}
         checkpoint[RECORD] = {**self.record, **now}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -238,11 +242,14 @@ class RunCheckpoint(Checkpoint):
                 rewind(self.run_dir, self.done, getattr(pl_module, "rollouts", self.done))
                 if "config" in self.record:
                     write_text(self.run_dir / "config.yaml", self.record["config"])
+                log_lost_row(trainer, self.run_dir, self.resumed.get("row", {}))
         trainer.strategy.barrier("run folder")
         self.signals.take()  # Lightning has put its own handler of SIGTERM in their place
         self.signals.patient = True
         if resumed:
             self.saved = self.done
+            loader = trainer.train_dataloader  # whose state Lightning forgets where a schedule has asked for its length
+            loader.position = trainer.fit_loop.epoch_loop.batch_progress.current.ready % loader.batches
             self._validate_if_due(trainer)
 
     def _validate_if_due(self, trainer: Trainer) -> None:
@@ -325,6 +332,15 @@ class RunCheckpoint(Checkpoint):
             pl_module.policy.save(part, weights)
             replace(part, self.policy_folder)
         self.policy_saved = True
+
+
+def log_lost_row(trainer: Trainer, run_dir: Path, row: dict[str, float]) -> None:
+    """Log the metrics of the last rollout, if the process was killed between its checkpoint and its row."""
+    done = row.get("rollout")
+    if done is not None and not any(r["rollout"] == done and "train/reward" in r for r in read_metrics(run_dir)):
+        for logger in trainer.loggers:
+            if isinstance(logger, Metrics):
+                logger.log_metrics(row, step=int(row["update"]))
 
 
 def validation_due(trainer: Trainer, done: int, in_epoch: int) -> bool:

@@ -310,13 +310,17 @@ class TrainingCLI(LightningCLI):
         trainer, data, more = self.trainer, self.datamodule, []
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
         if trainer.max_epochs and self.checkpoint.done >= data.batches * trainer.max_epochs > 0:
-            why, more = f"all {self.checkpoint.done} batches are done", [f"--data.batches={2 * data.batches}"]
+            several = trainer.max_epochs > 1
+            more = [f"--trainer.max_epochs={2 * trainer.max_epochs}" if several else f"--data.batches={2 * data.batches}"]
+            why = f"all {self.checkpoint.done} batches are done"
         elif 0 <= trainer.max_steps <= trainer.global_step:
             why, more = f"trainer.max_steps={trainer.max_steps} is reached", ["--trainer.max_steps=-1"]
         elif any((timer.time_remaining() or 1) <= 0 for timer in timers):
             why, more = "trainer.max_time is over", ["--trainer.max_time=null"]
         else:
             why = "a callback ended training"
+        if not self.checkpoint.complete:
+            return [why, f"{why}, before the first batch"]
         return [why, f"{why}; to go on:", f"  {resume_command(self.command, self.checkpoint.complete[-1], *more)}"]
 
     def show(self, *lines: str) -> None:

@@ -31,6 +31,7 @@ HIDDEN = (  # of what Lightning says by the way
     "distributed_backend",
     "All distributed processes registered",
     "You are using",
+    "Loading `",
 )
 
 
