@@ -1,8 +1,11 @@
 """However training ends, something is left to resume, and what resumes equals what never stopped."""
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,10 @@ import torch
 import yaml
 
 from espo_lightning import fit, load_policy, new_policy, sft
+from espo_lightning.training import resume
+from espo_lightning.training.checkpoints import RECORD
 from espo_lightning.training.report import read_metrics
+from espo_lightning.training.run_folder import Claim, recover, replace
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -83,7 +89,15 @@ def told(run_dir: Path) -> list[list]:
 
 
 MOMENTS = [("batch", 0), ("batch", 2), ("saving", 1), ("saving", 4), ("validation", 4), ("epoch end", 5)]
-IN_EPOCHS = [("batch", 3), ("batch", 5), ("saving", 2), ("saving", 5), ("saving", 8), ("validation", 6), ("epoch end", 6)]
+IN_EPOCHS = [
+    ("batch", 3),
+    ("batch", 5),
+    ("saving", 2),
+    ("saving", 5),
+    ("saving", 8),
+    ("validation", 6),
+    ("epoch end", 6),
+]
 THREE = ["--data.batches=3", "--trainer.max_epochs=3"]
 
 
@@ -116,7 +130,7 @@ def assert_equal_runs(mine: Path, other: Path) -> None:
     ("epochs", "moment", "after"), [*(("one", *m) for m in MOMENTS), *(("three", *m) for m in IN_EPOCHS)]
 )
 def test_ctrl_c_at_any_moment_resumes_bit_for_bit(whole, epochs, moment, after, tmp_path, capsys):
-    """Weights, metrics, samples and summary, in one epoch and over several; the command that is printed can be pasted."""
+    """Weights, metrics, samples and summary, in one epoch and over several; what is printed can be pasted."""
     expected, flags = whole[epochs]
     run_dir = tmp_path / "a run"  # whose name must be quoted
     assert ends(fit, *flags, f"--run_dir={run_dir}", *stop_at(moment, after)) == 130
@@ -189,7 +203,9 @@ def test_however_training_ends_there_is_a_checkpoint_and_the_command_that_goes_o
     assert json.loads((tmp_path / "run" / f"summary_{last:06d}.json").read_text()) == summary
 
 
-@pytest.mark.parametrize("limit", [["--trainer.max_steps=3"], ["--data.batches=3"], ["--trainer.max_time={microseconds: 1}"]])
+@pytest.mark.parametrize(
+    "limit", [["--trainer.max_steps=3"], ["--data.batches=3"], ["--trainer.max_time={microseconds: 1}"]]
+)
 def test_sft_leaves_a_checkpoint_however_it_ends(limit, tmp_path, capsys):
     flags = [*SFT, "--data.batches=6", f"--run_dir={tmp_path / 'run'}"]
     assert ends(sft, *flags, "--checkpoint_every=100", *limit) == 0
@@ -203,3 +219,277 @@ def test_sft_interrupted_equals_sft_uninterrupted(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert ends(sft, *resume_flags(printed[printed.index("stopped") :]), "--trainer.callbacks=null") == 0
     assert same(tmp_path / "run", tmp_path / "whole")
+
+
+# ---- resume knows what changed ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored(tiny, tmp_path_factory) -> Path:
+    """A finished run of four batches with all its checkpoints; to be copied."""
+    run_dir = tmp_path_factory.mktemp("stored") / "run"
+    fit.main([*tiny, "--data.batches=4", "--checkpoint_every=1", "--keep_checkpoints=10", f"--run_dir={run_dir}"])
+    return run_dir
+
+
+@pytest.fixture
+def run(stored, tmp_path) -> Path:
+    return Path(shutil.copytree(stored, tmp_path / "run"))
+
+
+def checkpoint(run_dir: Path, batch: int) -> Path:
+    return run_dir / "checkpoints" / f"batch_{batch:06d}.ckpt"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(capsys, program, *arguments) -> str:
+    assert ends(program, *arguments) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return printed.err.split("error: ", 1)[1]
+
+
+CHANGED = {
+    "learning rate": (["--model.optimizer.lr=1e-5"], "model.optimizer.lr", [0.01, 1e-5]),
+    "weight decay": (["--model.optimizer.weight_decay=0.5"], "model.optimizer.weight_decay", [0.01, 0.5]),
+    "warm-up": (["--model.warmup=100"], "model.warmup", [0, 100]),
+    "objective": (["--model.objective.beta=0.1"], "model.objective.beta", [0.003, 0.1]),
+    "decoding": (["--model.decoding.temperature=0.5"], "model.decoding.temperature", [1.0, 0.5]),
+    "batches": (["--data.batches=6"], "data.batches", [4, 6]),
+    "evaluation": (["--data.eval_problems=5"], "data.eval_problems", [6, 5]),
+    "logging": (["--trainer.log_every_n_steps=2"], "trainer.log_every_n_steps", [1, 2]),
+    "memory": (["--model.micro_batch=4"], "model.micro_batch", [None, 4]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_may_change_does_and_is_recorded(run, name):
+    flags, setting, values = CHANGED[name]
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 2)}", *flags) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed"] == [{"checkpoint": str(checkpoint(run, 2)), "batches": 2, "changed": {setting: values}}]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key in ("seed", "model", "data", "trainer"):
+        assert summary["settings"][key] == config[key]
+    flat = resume.flat(config)
+    assert flat[setting] == values[1]
+    assert summary["rollouts"] == flat["data.batches"]
+
+
+def test_a_changed_learning_rate_is_that_of_the_updates_and_the_schedule(run, stored):
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 2)}", "--model.optimizer.lr=1e-5", "--model.warmup=10") == 0
+    rates = [row["train/lr"] for row in read_metrics(run) if "train/lr" in row]
+    expected = [
+        0.01,
+        0.01,
+        *(1e-5 * (n + 0.5) / 10 for n in (5, 7)),
+    ]  # the mean over two updates, of which n - 1 are done
+    assert rates == pytest.approx(expected, rel=1e-4)
+    before = torch.load(checkpoint(stored, 2), weights_only=True)["state_dict"]
+    moved = max((w - before[f"policy.{k}"]).abs().max() for k, w in weights(run).items())
+    assert 0 < moved < 1e-4
+
+
+def test_a_changed_schedule_of_sft_is_that_of_a_run_of_that_length(tmp_path):
+    flags = [*SFT, "--checkpoint_every=3", "--keep_checkpoints=9"]
+    sft.main([*flags, "--data.batches=9", f"--run_dir={tmp_path / 'long'}"])
+    sft.main([*flags, "--data.batches=6", f"--run_dir={tmp_path / 'run'}"])
+    assert ends(sft, f"--ckpt_path={checkpoint(tmp_path / 'run', 6)}", "--data.batches=9") == 0
+    groups = [
+        torch.load(checkpoint(tmp_path / name, 9), weights_only=True)["optimizer_states"][0]["param_groups"][0]
+        for name in ("long", "run")
+    ]
+    assert groups[0]["lr"] == groups[1]["lr"]
+
+
+FIXED = {
+    "seed": (["--seed=1"], "seed is 0 there, 1 here"),
+    "prompts": (["--data.batch_size=4"], "data.batch_size is 2 there, 4 here"),
+    "completions": (["--model.group_size=2"], "model.group_size is 4 there, 2 here"),
+    "updates": (["--model.updates=1"], "model.updates is 2 there, 1 here"),
+    "task": (["--data.task.mode=raise"], "data.task.mode is 'none' there, 'raise' here"),
+    "another task": (["--data.task=Sudoku"], "data.task is 'failing_tasks.Failing' there, "),
+    "adapters": (["--model.policy.lora.rank=2"], "model.policy.lora"),
+    "optimizer": (
+        ["--model.optimizer=SGD", "--model.optimizer.lr=0.01"],
+        "model.optimizer is 'torch.optim.AdamW' there",
+    ),
+    "reference": (["--model.reference_sync=2"], "model.reference_sync is None there, 2 here"),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_may_not_change_is_refused_with_both_values_and_nothing_is_touched(run, name, capsys):
+    flags, message = FIXED[name]
+    before = snapshot(run)
+    assert message in refused(capsys, fit, f"--ckpt_path={checkpoint(run, 2)}", *flags)
+    assert snapshot(run) == before
+
+
+def test_a_lora_run_goes_on_without_its_flags_and_another_rank_is_refused(tiny, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    lora = ["--model.policy.lora.rank=2", "--model.policy.lora.alpha=4"]
+    fit.main([*tiny, *lora, "--data.batches=2", f"--run_dir={run_dir}"])
+    capsys.readouterr()
+    rank = refused(capsys, fit, f"--ckpt_path={checkpoint(run_dir, 2)}", "--model.policy.lora.rank=4")
+    assert "model.policy.lora.rank is 2 there, 4 here" in rank
+    none = refused(capsys, fit, f"--ckpt_path={checkpoint(run_dir, 2)}", "--model.policy.lora=null")
+    assert "model.policy.lora" in none
+    assert ends(fit, f"--ckpt_path={checkpoint(run_dir, 2)}", "--data.batches=3") == 0
+
+
+def test_a_checkpoint_of_another_policy_is_refused(run, tmp_path, capsys):
+    new_policy(hidden_size=32, layers=2, heads=2, intermediate_size=24).save(tmp_path / "larger")
+    before = snapshot(run)
+    message = refused(capsys, fit, f"--ckpt_path={checkpoint(run, 2)}", f"--model.policy.path={tmp_path / 'larger'}")
+    assert "does not fit model.policy" in message or "belongs to another base" in message
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "other"])
+def test_a_damaged_checkpoint_is_named_with_another(run, damage, capsys):
+    path = checkpoint(run, 3)
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "other": b"hello" * 100}[damage])
+    message = refused(capsys, fit, f"--ckpt_path={path}")
+    assert f"ckpt_path {path} is damaged, or no checkpoint" in message
+    assert f"such as {checkpoint(run, 4)}" in message
+
+
+def test_a_checkpoint_of_the_other_program_is_refused(run, capsys):
+    assert "resume it with python -m espo_lightning.fit" in refused(capsys, sft, f"--ckpt_path={checkpoint(run, 2)}")
+
+
+def test_a_checkpoint_with_settings_that_are_gone_is_refused_in_a_sentence(run, capsys):
+    content = torch.load(checkpoint(run, 2), weights_only=True)
+    settings = yaml.safe_load(content[RECORD]["config"])
+    settings["model"] |= {"beta": 0.1}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    del content[RECORD]  # as earlier versions wrote them
+    torch.save(content, checkpoint(run, 2))
+    before = snapshot(run)
+    assert "was made by another version of this library" in refused(capsys, fit, f"--ckpt_path={checkpoint(run, 2)}")
+    assert snapshot(run) == before
+
+
+def test_an_earlier_checkpoint_starts_another_future(run, stored):
+    """What was after it is set aside or dropped: no rollout counts twice, and the newest checkpoint is this future's."""
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 1)}", "--data.batches=2", "--model.optimizer.lr=1e-5") == 0
+    assert [row["rollout"] for row in read_metrics(run) if "train/reward" in row] == [1, 2]
+    samples = [json.loads(line)["rollout"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert samples == [1] * 4 + [2] * 4
+    assert [p.name for p in sorted((run / "checkpoints").glob("*.ckpt"))] == ["batch_000001.ckpt", "batch_000002.ckpt"]
+    assert len(list((run / "checkpoints" / "superseded").glob("*.ckpt"))) == 3
+    assert json.loads((run / "summary_000004.json").read_text())["rollouts"] == 4
+
+
+def test_an_earlier_before_is_measured_again_if_it_would_be_about_other_problems(run):
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 4)}", "--data.eval_problems=5") == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"]["n"] == summary["after"]["n"] == 5
+
+
+# ---- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_one_run_does_not_take_the_folder_of_another(run, stored, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(stored, other)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "results.txt").write_text("mine")
+    for target in (other, precious):
+        before = snapshot(target)
+        message = refused(capsys, fit, f"--ckpt_path={checkpoint(run, 2)}", f"--run_dir={target}")
+        assert "exists and is not empty" in message
+        assert snapshot(target) == before
+
+
+def test_a_checkpoint_copied_into_another_run_is_refused(tiny, run, tmp_path, capsys):
+    other = tmp_path / "other"
+    fit.main([*tiny, "--data.batches=1", "--seed=5", f"--run_dir={other}"])
+    shutil.copy(checkpoint(run, 2), other / "checkpoints")
+    before = snapshot(other)
+    message = refused(capsys, fit, f"--ckpt_path={checkpoint(other, 2)}")
+    assert "is another run's" in message
+    assert "seed is 5 there, 0 here" in message
+    assert snapshot(other) == before
+
+
+@pytest.mark.parametrize("how", [shutil.copy, lambda source, target: target.symlink_to(source)], ids=["copy", "link"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_copied_or_linked_checkpoint_resumes_in_a_folder_of_its_own(stored, how, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(stored)
+    how(checkpoint(stored, 2), tmp_path / "mine.ckpt")
+    assert ends(fit, "--ckpt_path=mine.ckpt", *(["--run_dir=new"] if named else [])) == 0
+    new = tmp_path / "new" if named else next((tmp_path / "runs").iterdir())
+    assert same(new, stored)
+    summary, whole = (json.loads((d / "summary.json").read_text()) for d in (new, stored))
+    assert (summary["before"], summary["after"]) == (whole["before"], whole["after"])
+    assert snapshot(stored) == before
+
+
+def test_a_linked_run_folder_is_the_run(run, tmp_path):
+    (tmp_path / "latest").symlink_to(run)
+    assert ends(fit, f"--ckpt_path={checkpoint(tmp_path / 'latest', 4)}", "--data.batches=5") == 0
+    assert json.loads((run / "summary.json").read_text())["rollouts"] == 5
+
+
+def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    folders = [Claim(None, "a: 1").folder for _ in range(3)]
+    assert [str(f) for f in folders] == [f"runs/20260101-000000{end}" for end in ("", "-2", "-3")]
+
+
+def test_a_folder_is_taken_once_and_given_back_as_it_was(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new"):
+        claim = Claim(str(tmp_path / name), "a: 1")
+        with pytest.raises(ValueError, match="exists and is not empty"):
+            Claim(str(tmp_path / name), "b: 2")
+        (claim.folder / "logs").mkdir()
+        assert claim.release()
+    assert list((tmp_path / "there").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+    claim = Claim(str(tmp_path / "new"), "a: 1")
+    (claim.folder / "samples.jsonl").write_text("{}")
+    assert not claim.release()
+
+
+# ---- kills inside of a replace ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_inside_of_a_replace_leaves_a_complete_copy(tmp_path, monkeypatch, step):
+    """Of two complete folders one has the name, or `recover` gives it to one."""
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        for n in range(4):
+            (tmp_path / name / f"{n}").write_text(name)
+    left = step
+
+    def dying(function):
+        def call(*arguments, **options):
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(Path, "rename", dying(Path.rename))
+        patched.setattr(os, "replace", dying(os.replace))
+        patched.setattr(os, "rmdir", dying(os.rmdir))
+        replace(tmp_path / "new", tmp_path / "old")
+    recover(tmp_path / "old")
+    contents = {p.read_text() for p in (tmp_path / "old").iterdir()}
+    assert len(list((tmp_path / "old").iterdir())) == 4
+    assert contents == ({"old"} if step < 2 else {"new"})
+    assert not (tmp_path / "old.old").exists()
