@@ -3,6 +3,7 @@
 import json
 
 from lightning.pytorch import Callback
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from espo_lightning.training.cli import TrainingCLI, program
 from espo_lightning.training.data import PromptDataModule
@@ -37,7 +38,9 @@ class FitCLI(TrainingCLI):
         """Held-out metrics of the policy as it is; None if nothing is held out."""
         if not self.trainer.limit_val_batches:
             return None
+        profiler, self.trainer.profiler = self.trainer.profiler, PassThroughProfiler()  # which is about training
         self.trainer.validate(self.model, self.datamodule, verbose=False)
+        self.trainer.profiler = profiler
         return self.model.summary
 
 

@@ -171,12 +171,12 @@ def test_a_signal_in_the_last_validation_is_finished_by_the_resume(whole, tmp_pa
     assert_equal_runs(tmp_path / "run", expected)
 
 
+PATIENCE = ["monitor=val/reward", "patience=1", "min_delta=10", "mode=max"]
 ENDS = {
     "max_steps": (["--trainer.max_steps=5"], 3),
     "max_time": (["--trainer.max_time={microseconds: 1}"], 1),
     "early stopping": (
-        ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/reward"]
-        + ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=10", "--trainer.callbacks.mode=max"],
+        ["--trainer.callbacks=EarlyStopping", *(f"--trainer.callbacks.{value}" for value in PATIENCE)],
         4,
     ),
     "the last batch": (["--data.batches=3"], 3),
@@ -376,7 +376,7 @@ def test_a_checkpoint_with_settings_that_are_gone_is_refused_in_a_sentence(run, 
 
 
 def test_an_earlier_checkpoint_starts_another_future(run, stored):
-    """What was after it is set aside or dropped: no rollout counts twice, and the newest checkpoint is this future's."""
+    """What was after it is set aside or dropped: no rollout counts twice; the newest checkpoint is this future's."""
     assert ends(fit, f"--ckpt_path={checkpoint(run, 1)}", "--data.batches=2", "--model.optimizer.lr=1e-5") == 0
     assert [row["rollout"] for row in read_metrics(run) if "train/reward" in row] == [1, 2]
     samples = [json.loads(line)["rollout"] for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -461,7 +461,7 @@ def test_a_folder_is_taken_once_and_given_back_as_it_was(tmp_path):
     assert not claim.release()
 
 
-# ---- kills inside of a replace ----------------------------------------------------------------------------------------
+# ---- kills inside of a replace ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", range(4))

@@ -47,6 +47,7 @@ class PolicyModule(LightningModule):
         frozen = {n: p for n, p in weights if not (p.requires_grad or (but and n.startswith(but)))}
         self.left_out, self.base = set(frozen), fingerprint(frozen.values())
         self.strict_loading = not frozen
+        self.register_load_state_dict_post_hook(_do_not_miss_frozen)  # in a copy, too, as WeightAveraging makes one
         self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -73,6 +74,12 @@ class PolicyModule(LightningModule):
                 f"the checkpoint belongs to another base ({checkpoint['base']}, this one is {self.base}): give "
                 "model.policy the path and the dtype with which the run began"
             )
+
+
+def _do_not_miss_frozen(module: PolicyModule, incompatible: Any) -> None:
+    """What checkpoints leave out is not missing in them, whatever the module is a part of."""
+    left_out = tuple(module.left_out)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(left_out)]
 
 
 class DirectCheckpointIO(TorchCheckpointIO):

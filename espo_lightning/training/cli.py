@@ -149,6 +149,8 @@ class TrainingCLI(LightningCLI):
                 parser.error(str(error))
             argv = ["--config", stored, *argv]
         super().parse_arguments(parser, argv)
+        if self.config.seed_everything is not False:
+            parser.error("seed_everything would seed global generators, from which nothing here draws: use --seed")
         if path is None and self.config.ckpt_path is not None:
             parser.error("give --ckpt_path on the command line, as the settings of its run come with it")
 
@@ -188,8 +190,6 @@ class TrainingCLI(LightningCLI):
         self.saved_config = self.parser.dump(repeatable, skip_unset=False)
         self.settings = yaml.safe_load(self.saved_config)
         try:
-            if config.seed_everything is not False:
-                raise ValueError("seed_everything would seed global generators, which nothing here uses: use --seed")
             check_flags(trainer, self.parser.get_defaults().trainer, self.refused)
             if config.ckpt_path is not None:
                 self.changes = resume.changes(resume.as_settings(self.before), resume.as_settings(self.saved_config))
@@ -234,7 +234,6 @@ class TrainingCLI(LightningCLI):
         """Lightning's trainer, with the run folder's CSV logger and checkpoints."""
         config, own = self.config_init.trainer, self.config
         callbacks, plugins, loggers = map(as_list, (config.callbacks, config.plugins, config.logger))
-        check_callbacks(callbacks)
         if any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             raise ValueError("trainer.plugins: checkpoints are written by DirectCheckpointIO: leave the plugin out")
         before = self.content.get(RECORD, {})
@@ -258,6 +257,7 @@ class TrainingCLI(LightningCLI):
             enable_autolog_hparams=False,  # this command line logs them once it is sure to train
             **kwargs,
         )
+        check_callbacks(callbacks, trainer.strategy)
         self.check(trainer)
         if rank_zero_only.rank == 0:
             check_space(self.run_dir, self.model, own.keep_checkpoints + 2)  # the best, and the one being written
@@ -311,10 +311,13 @@ class TrainingCLI(LightningCLI):
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
         if trainer.max_epochs and self.checkpoint.done >= data.batches * trainer.max_epochs > 0:
             several = trainer.max_epochs > 1
-            more = [f"--trainer.max_epochs={2 * trainer.max_epochs}" if several else f"--data.batches={2 * data.batches}"]
+            more = [
+                f"--trainer.max_epochs={2 * trainer.max_epochs}" if several else f"--data.batches={2 * data.batches}"
+            ]
             why = f"all {self.checkpoint.done} batches are done"
         elif 0 <= trainer.max_steps <= trainer.global_step:
-            why, more = f"trainer.max_steps={trainer.max_steps} is reached", ["--trainer.max_steps=-1"]
+            why, further = f"trainer.max_steps={trainer.max_steps} is reached", trainer.max_epochs > 0
+            more = [f"--trainer.max_steps={-1 if further else 2 * trainer.max_steps}"]
         elif any((timer.time_remaining() or 1) <= 0 for timer in timers):
             why, more = "trainer.max_time is over", ["--trainer.max_time=null"]
         else:

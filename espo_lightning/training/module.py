@@ -283,7 +283,7 @@ class ESPOModule(PolicyModule):
     def configure_optimizers(self):
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, self.warmup)))
-        return [optimizer], [schedule]
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Randomness is keyed, so two counters are all that resume needs beside Lightning's own state."""

@@ -48,6 +48,7 @@ def quiet() -> None:
         r"Found \d+ module\(s\) in eval mode",  # on purpose: there is no dropout, and no difference
         "Experiment logs directory",  # the run folder was made, and older metrics moved, by this command line
         r"(?s).*deprecated in v4\.\d+",  # of jsonargparse, by Lightning
+        "You're using the WeightAveraging callback with a model that overrides",  # which shards where that is refused
         "You passed in a `val_dataloader` but have no `validation_step`",  # sft does not validate
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 # refused, unless left as they are: flag -> what to use here
 REFUSED = {
@@ -40,6 +42,8 @@ UNVALIDATED = {  # where there is no validation
     "check_val_every_n_epoch": "supervised training does not validate; --checkpoint_every=N says when it saves",
     "num_sanity_val_steps": "supervised training does not validate",
 }
+PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+OTHER_PRECISIONS = "gradients are not scaled, and the type of the weights themselves is --model.policy.dtype"
 STRATEGIES = ("spawn", "fork", "notebook")  # in their names
 CALLBACKS = {
     BatchSizeFinder: "sizes are --data.batch_size, --model.group_size and, in memory, --model.micro_batch",
@@ -47,6 +51,14 @@ CALLBACKS = {
     LearningRateFinder: "it takes optimizer steps of its own; try several --model.optimizer.lr with --data.batches=10",
     OnExceptionCheckpoint: "it saves in the middle of a rollout; the run's own checkpoints are between two of them",
     StochasticWeightAveraging: "it counts epochs; EMAWeightAveraging and WeightAveraging count steps",
+}
+
+
+EVERYTHING = {  # values that say no more than the default
+    "enable_checkpointing": True,
+    "limit_predict_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "limit_train_batches": 1.0,
 }
 
 
@@ -62,23 +74,30 @@ def check_flags(given: Mapping[str, Any], defaults: Mapping[str, Any], refused: 
         ValueError: naming the flag, and what to use.
     """
     for name, advice in refused.items():
-        if given[name] != defaults[name]:
-            raise ValueError(f"trainer.{name}={given[name]} is not possible here: {advice}")
+        value = given[name]
+        if value != defaults[name] and (type(value), value) != (type(EVERYTHING.get(name)), EVERYTHING.get(name)):
+            raise ValueError(f"trainer.{name}={value} is not possible here: {advice}")
     strategy = given["strategy"]
     if isinstance(strategy, str) and any(part in strategy for part in STRATEGIES):
         raise ValueError(
             f"trainer.strategy={strategy} is not possible here: its processes would receive the policy from the first "
             f"one; trainer.strategy={strategy.split('_')[0]} starts processes that make it themselves"
         )
+    if (precision := given["precision"]) is not None and str(precision) not in PRECISIONS:
+        raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}: {OTHER_PRECISIONS}")
     if (given["max_epochs"] is not None and given["max_epochs"] < -1) or given["max_epochs"] == 0:
         raise ValueError(f"trainer.max_epochs must be at least 1, or -1 without a limit, got {given['max_epochs']}")
     if not given["val_check_interval"] and given["val_check_interval"] is not None:
         raise ValueError("trainer.val_check_interval=0 is not possible here: --trainer.limit_val_batches=0 is")
 
 
-def check_callbacks(callbacks: list[Callback]) -> None:
+def check_callbacks(callbacks: list[Callback], strategy: Strategy) -> None:
     """Raise ValueError for a callback that cannot work with rollouts, with what to use."""
     for callback in callbacks:
+        if isinstance(callback, WeightAveraging) and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} copies the policy: use trainer.strategy=ddp"
+            )
         for kind, advice in CALLBACKS.items():
             if isinstance(callback, kind):
                 raise ValueError(f"trainer.callbacks: {type(callback).__name__} is not possible here: {advice}")
