@@ -5,6 +5,8 @@ import signal
 
 from lightning.pytorch import Callback
 
+from espo_lightning import fit
+
 
 class SignalAt(Callback):
     """Sends a signal, once or several times, at a moment.
@@ -38,3 +40,9 @@ class SignalAt(Callback):
     def on_validation_batch_start(self, trainer, *_) -> None:
         during = {"fit": "validation", "validate": "after" if trainer.global_step else "before"}
         self.at(during[trainer.state.fn], trainer)
+
+
+def life(begun, arguments: list[str]) -> None:
+    """A training program in a process of its own, which tells when it has begun."""
+    begun.set()
+    fit.main(arguments)
