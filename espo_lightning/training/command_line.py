@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from espo_lightning.training.moved import with_advice
+from espo_lightning.training.screen import quiet
 
 BAD_INPUT = (ValueError, OSError)  # what constructors and loaders raise when an argument is wrong
 
@@ -24,6 +25,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         command: what the user typed, for the usage line.
         defaults: of parameters whose default cannot stand in the signature.
     """
+    quiet()
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
     parser = with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")

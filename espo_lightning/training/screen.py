@@ -49,6 +49,7 @@ def quiet() -> None:
         "Experiment logs directory",  # the run folder was made, and older metrics moved, by this command line
         r"(?s).*deprecated in v4\.\d+",  # of jsonargparse, by Lightning
         "You're using the WeightAveraging callback with a model that overrides",  # which shards where that is refused
+        "`is_gradient_checkpointing` is deprecated",  # peft's word
         "You passed in a `val_dataloader` but have no `validation_step`",  # sft does not validate
     ):
         warnings.filterwarnings("ignore", message=message)
