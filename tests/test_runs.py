@@ -14,8 +14,8 @@ import yaml
 
 from espo_lightning import fit, load_policy, new_policy, sft
 from espo_lightning.training import resume
-from espo_lightning.training.checkpoints import RECORD
 from espo_lightning.training.report import read_metrics
+from espo_lightning.training.run_checkpoint import RECORD
 from espo_lightning.training.run_folder import Claim, recover, replace
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")

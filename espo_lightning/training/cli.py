@@ -19,16 +19,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from espo_lightning.training import resume
-from espo_lightning.training.checkpoints import RECORD, DirectCheckpointIO, RunCheckpoint, check_space
+from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
 from espo_lightning.training.command_line import BAD_INPUT, option, spelt_out
 from espo_lightning.training.moved import with_advice
+from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, recover, resume_command, run_of
 from espo_lightning.training.screen import progress, quiet
 from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
 from espo_lightning.training.strategies import check, check_resume, named
 from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags
 
-GROUPS = ("trainer.K", "model.K", "data.K")
+USAGE = "python -m {} [--config FILE] [--trainer.K=VALUE] [--model.K=VALUE] [--data.K=VALUE]"
 
 
 def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingCLI"], None]) -> None:
@@ -100,10 +101,7 @@ class TrainingCLI(LightningCLI):
                 seed_everything_default=False,
                 save_config_callback=None,
                 auto_configure_optimizers=False,
-                parser_kwargs={
-                    "prog": f"python -m {command}",
-                    "usage": f"python -m {command} [--config FILE] [--{'=VALUE] [--'.join(GROUPS)}=VALUE]",
-                },
+                parser_kwargs={"prog": f"python -m {command}", "usage": USAGE.format(command)},
                 trainer_defaults={
                     "max_epochs": 1,
                     "log_every_n_steps": 1,
@@ -123,10 +121,8 @@ class TrainingCLI(LightningCLI):
         return with_advice(super().init_parser(**kwargs))
 
     def add_arguments_to_parser(self, parser) -> None:
-        add, help_of_path = (
-            parser.add_argument,
-            "resume from this checkpoint, with its run's settings and in its folder",
-        )
+        add = parser.add_argument
+        help_of_path = "resume from this checkpoint, with its run's settings and in its folder"
         add("--seed", type=int, default=0, help="of weights, problems, rollouts and masks")
         add("--run_dir", type=str, default=None, help="where everything is written (default: runs/TIME)")
         add("--checkpoint_every", type=int, default=10, help="training batches between checkpoints")

@@ -10,7 +10,8 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 
-from espo_lightning.training.checkpoints import RECORD, PolicyModule
+from espo_lightning.training.checkpoints import PolicyModule
+from espo_lightning.training.run_checkpoint import RECORD
 from espo_lightning.training.run_folder import checkpoints_in, run_of
 from espo_lightning.training.strategies import weights_in
 
