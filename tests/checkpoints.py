@@ -107,3 +107,12 @@ def write(folder: Path, kind: str, layers: int = 2) -> Path:
             config |= {"is_causal": False, "mask_token_id": MASK, "logits_shift": int("qwen3" in kind)}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def golden_folder(folder: Path, weights: str) -> Path:
+    """The random weights of the authors' golden numbers, as a checkpoint in LLaDA's own format."""
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / weights, folder / "model.safetensors")
+    shutil.copy(GOLDEN / "tiny.config.json", folder / "config.json")
+    write_tokenizer(folder)
+    return folder

@@ -10,6 +10,7 @@ import torch
 from checkpoints import write
 from conftest import fit
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from two_processes import METHODS
 
 from espo_lightning import (
     ELBO,
@@ -67,6 +68,7 @@ CASES = {
     "GQA": {"kind": "dream"},
     "GQA, LoRA": {"kind": "dream", "lora": SMALL_LORA},
     "GQA, LoRA, checkpointing": {"kind": "dream", "lora": SMALL_LORA, "gradient_checkpointing": True},
+    **{f"method {name}": {k: v for k, v in settings.items() if k != "policy"} for name, settings in METHODS.items()},
     "head in chunks": {"head_bytes": 4 * 64 * 20, "micro_batch": 4},
     "head in chunks, LoRA": {"head_bytes": 4 * 64 * 20, "micro_batch": 4, "lora": SMALL_LORA},
 }

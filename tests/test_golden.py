@@ -1,14 +1,11 @@
 """Agreement with the authors' trainer: its numbers on random weights and given masks (tests/golden/README.md)."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from checkpoints import golden_folder
 
 from espo_lightning import (
     Decoding,
@@ -39,32 +36,14 @@ AS_THEIRS = Prompts(IDS, None)  # their scorer and sampler attend to the pads
 LENGTH = COMPLETION.shape[1]
 
 
-def open_llada(folder: Path, weights: str) -> Policy:
-    """A checkpoint in LLaDA's own format, loaded."""
-    folder.mkdir()
-    shutil.copy(FOLDER / weights, folder / "model.safetensors")
-    shutil.copy(FOLDER / "tiny.config.json", folder / "config.json")
-    words = ["<pad>", "<eos>", "<mask>", "<unk>", *(f"w{i}" for i in range(60))]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-        mask_token="<mask>",
-        unk_token="<unk>",
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return load_policy(folder)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Policy:
-    return open_llada(tmp_path_factory.mktemp("golden") / "tiny", "tiny.safetensors")
+    return load_policy(golden_folder(tmp_path_factory.mktemp("golden") / "tiny", "tiny.safetensors"))
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> Policy:
-    return open_llada(tmp_path_factory.mktemp("golden") / "gen", "gen.safetensors")
+    return load_policy(golden_folder(tmp_path_factory.mktemp("golden") / "gen", "gen.safetensors"))
 
 
 @pytest.fixture(params=["elbo", "elbo_shifted"])

@@ -294,7 +294,6 @@ def test_clip_in_nats_equals_the_same_clip_in_the_papers_unit(trained):
         ({"clip_range": -0.1}, "clip_range must be 0 or positive"),
         ({"clip_nats": math.nan}, "clip_nats must be 0 or positive"),
         ({"beta": -1.0}, "beta must be 0"),
-        ({"beta": 0, "to_old": True}, "to_old has no effect"),
         ({"compile": "nothing"}, "compile must be one of"),
         ({"kl": k2_u}, "independent mask draws"),
         ({"kl": k2_u, "likelihood": ELBO(draws=4, stratified=True)}, "independent mask draws"),

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -25,7 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espo_lightning import LoRA, PromptDataModule
+from espo_lightning import BlockViews, LoRA, PolicyGradient, PromptDataModule, sequence_ratio
+from espo_lightning.lab.methods import Method, read_method
 from espo_lightning.policies.load import _checkpoint_layers
 from espo_lightning.policies.lora import add_adapter
 from espo_lightning.training.strategies import FSDP, FSDP2, clip_grad_norm, full_state_dict, gather
@@ -62,6 +64,24 @@ def checkpointed_tied_policy():
     return policy.train()
 
 
+def uneven_policy():
+    """Of many tokens that end a text, so that completions differ in length; float64, so that no rounding flips one."""
+    policy = small_policy().double()
+    policy.config.eos_token_id = [policy.config.eos_token_id, *range(20, 35)]
+    return policy
+
+
+def small_method(method: Method) -> dict:
+    """The settings of a method on a canvas of 4 tokens."""
+    likelihood = method.likelihood
+    if isinstance(likelihood, BlockViews):
+        likelihood = replace(likelihood, block=2)
+    settings = {"objective": method.objective, "advantage": method.advantage, "likelihood": likelihood}
+    # a step at which no loss diverges, where roundings would grow
+    sgd = {"optimizer": partial(torch.optim.SGD, lr=0.05)}
+    return {"policy": uneven_policy, "updates": min(method.updates, 3), **settings, **sgd}
+
+
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "warmup": 6}
 RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken out first
     "plain": {"max_grad_norm": 1e-3, "micro_batch": 3},
@@ -75,6 +95,9 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "bf16 base": {"policy": partial(lora_policy, torch.bfloat16), **ADAM},
     "bf16": {"precision": "bf16-mixed", **ADAM},
 }
+PRESETS = sorted((HERE.parent / "experiments" / "methods").glob("*.yaml"))
+METHODS = {path.stem: small_method(read_method(path)) for path in PRESETS}  # under ddp only
+RUNS |= METHODS
 RESUMED = ("sync", "lora")
 ROUNDED = ("bf16", "bf16 base")  # another order of additions, or number of rows, may flip a token
 # whose checkpoints are folders; FSDP1 does not train adapters on one process
@@ -90,7 +113,7 @@ class Record(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if self.poison:  # one process is enough
             bad = batch_idx == 1 and module.global_rank == trainer.world_size - 1
-            module.ratio = lambda new, old: (new - old).mean((0, 2)).exp()[:, None] * (math.nan if bad else 1)
+            module.objective = PolicyGradient(ratio=nan_ratio if bad else sequence_ratio)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         rollout = module.last_rollout
@@ -103,6 +126,11 @@ class Record(Callback):
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(timed)})
         if self.save and module.rollouts == self.after:
             trainer.save_checkpoint(self.save)
+
+
+def nan_ratio(scores):
+    log_ratio, weight = sequence_ratio(scores)
+    return log_ratio * math.nan, weight
 
 
 class CountCollectives(TorchDispatchMode):
@@ -182,6 +210,11 @@ def staged(folder: Path, *stages: str, timeout: float, **environment: str) -> di
     return results
 
 
+def runs_under(strategy: str, name: str) -> bool:
+    """Methods differ in their losses only, which no strategy sees."""
+    return name not in METHODS or strategy in ("ddp", *ZERO)
+
+
 def main(folder: Path, stage: str) -> None:
     results, devices = {}, 2 if stage in ("two", "zero") else 1
     plain, resumed = {"two": (("ddp", "fsdp", "fsdp2"), STRATEGIES), "zero": (ZERO, ZERO)}.get(stage, ((), ()))
@@ -196,7 +229,7 @@ def main(folder: Path, stage: str) -> None:
             do(strategy, name, "resumed from two processes", resume=folder / f"{strategy}_{name}.ckpt")
     for strategy in plain:
         for name in RUNS:
-            if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
+            if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base") and runs_under(strategy, name):
                 do(strategy, name)
     for strategy in resumed:
         for name in RESUMED:

@@ -38,7 +38,7 @@ class PolicyGradient(Objective):
         count: how much a completion counts: `alike` (ESPO) or `by_length`.
 
     Raises:
-        ValueError: no clip, a negative clip or beta, or ``to_old`` without a penalty.
+        ValueError: no clip, or a negative clip or beta.
     """
 
     ratio: Callable[[Scores], tuple[Tensor, Tensor]] = sequence_ratio
@@ -58,8 +58,6 @@ class PolicyGradient(Objective):
                 raise ValueError(f"{name} must be 0 or positive (inf: no clipping), got {value}")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta must be 0 (no penalty) or positive, got {self.beta}")
-        if self.to_old and not self.beta:
-            raise ValueError("to_old has no effect with beta=0: there is no penalty; set beta or drop it")
 
     @property
     def reference(self) -> bool:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from espo_lightning.objectives.objective import Objective, Scores, Statistics, alike
-from espo_lightning.objectives.sandwich import Sandwich, lower_bound
-
-SANDWICH = Sandwich()
+from espo_lightning.objectives.sandwich import lower_bound, sandwich
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class SelfNormalised(Objective):
     """losses = -w A S, with w = G softmax over the group of min(bound_new - bound_old, ln cap), detached.
 
     Args:
-        score: S, (scores, log-probabilities [M, B, L], advantages [B]) -> [B].
+        score: S, (scores, log-probabilities [M, B, L], advantages [B]) -> [B]: `sandwich`, or a `Sandwich`.
         cap: the largest importance weight before normalisation.
         count: how much a completion counts.
 
@@ -26,7 +24,7 @@ class SelfNormalised(Objective):
         ValueError: a cap that is not positive.
     """
 
-    score: Callable[[Scores, Tensor, Tensor], Tensor] = SANDWICH
+    score: Callable = sandwich  # its signature unnamed, so that the command line takes callable objects too
     cap: float = 5.0
     count: Callable[[Tensor], Tensor] = alike
     groups = True

@@ -22,7 +22,7 @@ class Weighted(Objective):
         count: how much a completion counts: `alike` (wd1) or `by_length` (SPG).
     """
 
-    score: Callable[[Scores, Tensor, Tensor], Tensor] = total
+    score: Callable = total  # its signature unnamed, so that the command line takes callable objects too
     count: Callable[[Tensor], Tensor] = alike
     old = False
 

@@ -98,6 +98,13 @@ class Likelihood(ABC):
         return self.log_probs(policy, prompts, completion, masks) * masks.weight
 
 
+def check_at_least_one(**counts: int) -> None:
+    """Raises ValueError that names the first count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
 class SeenLikelihood(Likelihood):
     """A likelihood whose mask law looks at what was decoded: subclasses define `masks`."""
 
@@ -127,8 +134,7 @@ class ELBO(Likelihood):
     smallest_count: int = 0
 
     def __post_init__(self):
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
+        check_at_least_one(draws=self.draws)
         self.draw(torch.zeros(1, dtype=torch.int64), 1)  # contradictory settings fail here, not in the first rollout
 
     @property
@@ -148,11 +154,18 @@ class TimeELBO(Likelihood):
     Args:
         draws: mask draws per score.
         low, high: the interval of t; (0, 1) is unbiased.
+
+    Raises:
+        ValueError: no draw, or not 0 <= low < high <= 1.
     """
 
     draws: int = 1
     low: float = 0.0
     high: float = 1.0
+
+    def __post_init__(self):
+        check_at_least_one(draws=self.draws)
+        self.draw(torch.zeros(1, dtype=torch.int64), 1)
 
     @property
     def independent_draws(self) -> int:
@@ -168,9 +181,15 @@ class QuadratureELBO(Likelihood):
 
     Args:
         nodes: quadrature nodes, one forward each.
+
+    Raises:
+        ValueError: no node.
     """
 
     nodes: int = 3
+
+    def __post_init__(self):
+        check_at_least_one(nodes=self.nodes)
 
     def draw(self, keys: Tensor, length: int) -> Masks:
         return quadrature_masks(keys, length, self.nodes)

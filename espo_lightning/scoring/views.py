@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from espo_lightning.keys import fold_in, uniform
-from espo_lightning.scoring.likelihood import Seen, SeenLikelihood
+from espo_lightning.scoring.likelihood import Seen, SeenLikelihood, check_at_least_one
 from espo_lightning.scoring.masks import Masks, block_view_masks, random_view_masks, token_view_masks
 
 
@@ -60,8 +60,7 @@ class RandomViews(SeenLikelihood):
 
     def __post_init__(self):
         check_interval(self.low, self.high)
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
+        check_at_least_one(draws=self.draws)
 
     @property
     def independent_draws(self) -> int:
@@ -102,8 +101,7 @@ class BlockViews(SeenLikelihood):
     noise: float = 0.15
 
     def __post_init__(self):
-        if self.draws < 1 or self.block < 1:
-            raise ValueError(f"draws and block must be at least 1, got {self.draws} and {self.block}")
+        check_at_least_one(draws=self.draws, block=self.block)
         if not 0 <= self.noise < 1:
             raise ValueError(f"noise must be a chance from 0 to below 1, got {self.noise}")
 
