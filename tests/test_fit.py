@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from espo_lightning import Problem, evaluate, fit, load_policy, new_policy, sft
+from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.report import limits, read_metrics, told, with_interval
 from espo_lightning.training.samples import extremes, shown
 from espo_lightning.training.screen import progress
@@ -378,3 +379,12 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
     assert kinds("rollout", True, []) == ["Bar", "Validations"]
     assert kinds("rollout", False, []) == ["Lines", "Validations"]
     assert kinds("rollout", True, [TQDMProgressBar()]) == ["Validations"]
+
+
+def test_letters_that_the_policy_cannot_read_are_named(folder):
+    policy = load_policy(folder)
+    problems = [Problem("Où est B?", len, "là"), Problem([{"role": "user", "content": "abc"}], len, "")]
+    prompts, answers = unknown_tokens(policy, problems)
+    assert "does not know 25 % of the prompts (such as 'O', 'ù', 'B')" in prompts
+    assert "50 % of the answers (such as 'à')" in answers
+    assert unknown_tokens(policy, problems[1:]) == []

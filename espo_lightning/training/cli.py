@@ -16,11 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
 from espo_lightning.training.command_line import BAD_INPUT, option, spelt_out
+from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, recover, resume_command, run_of
@@ -273,7 +274,10 @@ class TrainingCLI(LightningCLI):
         self.datamodule.check(trainer.world_size, evaluates=bool(trainer.limit_val_batches))
         if self.config.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.config.timeout}")
-        self.datamodule.task.problem("train", self.datamodule.seed, 0)  # data that cannot be read end it here
+        data = self.datamodule
+        problems = [data.task.problem("train", data.seed, i) for i in range(8)]  # data that cannot be read end it here
+        for sentence in unknown_tokens(self.model.policy, problems):
+            rank_zero_warn(sentence)
         if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
             trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
 

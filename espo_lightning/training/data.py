@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from lightning.pytorch import LightningDataModule
 
+from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks.base import Problem, Task
 from espo_lightning.tasks.sudoku import Sudoku
 
@@ -42,6 +43,28 @@ class ProblemLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def unknown_tokens(policy: Policy, problems: list[Problem]) -> list[str]:
+    """What a policy's tokenizer cannot read in some problems, a sentence each for prompts and answers."""
+    tokenizer, sentences = policy.tokenizer, []
+    if tokenizer.unk_token_id is None:
+        return []
+    prompts = [p.prompt if isinstance(p.prompt, str) else p.prompt[-1]["content"] for p in problems]
+    for kind, texts in (("prompts", prompts), ("answers", [p.answer for p in problems if p.answer])):
+        encoded = [tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text in texts]
+        pieces = [
+            (i == tokenizer.unk_token_id, text[start:end])
+            for text, e in zip(texts, encoded)
+            for i, (start, end) in zip(e["input_ids"], e["offset_mapping"])
+        ]
+        if lost := [piece for unknown, piece in pieces if unknown]:
+            such = ", ".join(map(repr, list(dict.fromkeys(lost))[:5]))
+            sentences.append(
+                f"the policy's tokenizer does not know {100 * len(lost) / len(pieces):.0f} % of the {kind} (such as "
+                f"{such}): it reads {tokenizer.unk_token} instead, and can never write them"
+            )
+    return sentences
 
 
 class PromptDataModule(LightningDataModule):
