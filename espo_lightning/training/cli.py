@@ -275,8 +275,8 @@ class TrainingCLI(LightningCLI):
         if self.config.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.config.timeout}")
         data = self.datamodule
-        problems = [data.task.problem("train", data.seed, i) for i in range(8)]  # data that cannot be read end it here
-        for sentence in unknown_tokens(self.model.policy, problems):
+        first = [data.task.problem("train", data.seed, i) for i in range(min(8, data.batch_size))]  # or it ends here
+        for sentence in unknown_tokens(self.model.policy, first):
             rank_zero_warn(sentence)
         if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
             trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
