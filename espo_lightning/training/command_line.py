@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +28,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
     """
     quiet()
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage))
+    parser = with_spelling(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -69,6 +70,19 @@ def spelt_out(argv: list[str]) -> list[str]:
         expected = bool(flag) and not equals and name in functions_expected()
         spelt.append(argument)
     return spelt
+
+
+def with_spelling(parser: Any) -> Any:
+    """A parser whose errors say how a function is spelt, where a file has its short name."""
+    error = parser.error
+
+    def told(message: Any, *rest: Any) -> Any:
+        unread = re.findall(r"Expected a (?:path but|dot import path string:) (\w+)", str(message))
+        hints = {f"in files, write {functions()[name]} for {name}" for name in unread if name in functions()}
+        return error("\n".join([str(message), *hints]), *rest)
+
+    parser.error = told
+    return parser
 
 
 @cache
