@@ -16,7 +16,7 @@ from espo_lightning import fit, load_policy, new_policy, sft
 from espo_lightning.training import resume
 from espo_lightning.training.report import read_metrics
 from espo_lightning.training.run_checkpoint import RECORD
-from espo_lightning.training.run_folder import Claim, recover, replace
+from espo_lightning.training.run_folder import Claim, lock, recover, replace, rewind
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
@@ -493,3 +493,60 @@ def test_a_kill_inside_of_a_replace_leaves_a_complete_copy(tmp_path, monkeypatch
     assert len(list((tmp_path / "old").iterdir())) == 4
     assert contents == ({"old"} if step < 2 else {"new"})
     assert not (tmp_path / "old.old").exists()
+
+
+def test_a_run_that_is_going_on_is_not_resumed_by_another_process(run, capsys):
+    held = lock(run)
+    before = snapshot(run)
+    assert "another process is writing there" in refused(capsys, fit, f"--ckpt_path={checkpoint(run, 4)}")
+    assert snapshot(run) == before
+    held.close()
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 4)}") == 0
+
+
+def test_more_epochs_go_on_and_fewer_batches_than_are_done_are_refused(whole, tmp_path, capsys):
+    expected, flags = whole["three"]
+    run_dir = tmp_path / "run"
+    assert ends(fit, *flags, "--trainer.max_epochs=1", f"--run_dir={run_dir}") == 0
+    again = resume_flags(capsys.readouterr().out)
+    assert again[2:] == ["--data.batches=6"]
+    assert ends(fit, *again[:2], "--trainer.max_epochs=3") == 0
+    assert same(run_dir, expected)
+    few = refused(capsys, fit, f"--ckpt_path={checkpoint(run_dir, 9)}", "--data.batches=2")
+    assert "6 batches altogether, of which 9 are done already" in few
+
+
+def test_a_resume_with_nothing_left_to_do_says_what_the_run_is(run):
+    """As after a signal in the last validation of a run that ended by max_steps."""
+    shutil.rmtree(run / "policy")
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 2)}", "--trainer.max_steps=4") == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rollouts"] == 2
+    assert summary["settings"]["trainer"]["max_steps"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+    assert [row["rollout"] for row in read_metrics(run) if "train/reward" in row] == [1, 2]
+    stored = torch.load(checkpoint(run, 2), weights_only=True)["state_dict"]
+    assert all(torch.equal(weight, stored[f"policy.{name}"]) for name, weight in weights(run).items())
+
+
+def test_half_a_line_that_a_kill_left_is_dropped(tmp_path):
+    rows = [json.dumps({"rollout": n}) for n in (1, 2, 3)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(rows)[:-3])
+    (tmp_path / "metrics.csv").write_text("rollout,lr,train/reward\n1,,0.5\n,0.1,\n2,,0.25\n3,,0.1\n4,,0.")
+    rewind(tmp_path, 2, 2)
+    assert (tmp_path / "samples.jsonl").read_text() == "\n".join(rows[:2]) + "\n"
+    assert (tmp_path / "metrics.csv").read_text() == "rollout,lr,train/reward\n1,,0.5\n,0.1,\n2,,0.25\n"
+    (tmp_path / "metrics.csv").write_text("")
+    rewind(tmp_path, 2, 2)
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_row_that_a_kill_lost_after_its_checkpoint_is_logged_by_the_resume(run, stored):
+    """The batch's metrics are logged after the checkpoint, which therefore holds them, too."""
+    lines = (run / "metrics.csv").read_text().splitlines()
+    reward = lines[0].split(",").index("train/reward")
+    rollout = lines[0].split(",").index("rollout")
+    kept = [line for line in lines[1:] if line.split(",")[rollout] in ("0.0", "1.0") or not line.split(",")[reward]]
+    (run / "metrics.csv").write_text("\n".join([lines[0], *kept]) + "\n")
+    assert ends(fit, f"--ckpt_path={checkpoint(run, 2)}") == 0
+    assert told(run)[0] == told(stored)[0]

@@ -5,17 +5,17 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from inspect import signature
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from espo_lightning.training import resume
@@ -24,11 +24,11 @@ from espo_lightning.training.command_line import BAD_INPUT, option, spelt_out, w
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
-from espo_lightning.training.run_folder import Claim, Metrics, recover, resume_command, run_of
+from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
 from espo_lightning.training.screen import progress, quiet
 from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
 from espo_lightning.training.strategies import check, check_resume, named
-from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags
+from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags, save_dir_is_optional
 
 USAGE = "python -m {} [--config FILE] [--trainer.K=VALUE] [--model.K=VALUE] [--data.K=VALUE]"
 
@@ -56,19 +56,15 @@ def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingC
             if isinstance(error, OSError):  # a full disk and the like: no fault of the code
                 raise SystemExit(1) from None
             raise
+        finally:
+            if cli is not None:
+                cli.close()
 
 
 def _leave() -> None:
     """Leave the other processes in good order: gloo's threads may abort an interpreter that ends without."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def save_dir_is_optional() -> None:
-    """Let ``--trainer.logger=TensorBoardLogger`` do without a ``save_dir``, which is the run folder, as W&B's does."""
-    for logger in (TensorBoardLogger, CSVLogger):
-        if signature(logger).parameters["save_dir"].default is signature(logger).empty:
-            logger.__init__.__defaults__ = (".", *logger.__init__.__defaults__)
 
 
 class TrainingCLI(LightningCLI):
@@ -88,6 +84,7 @@ class TrainingCLI(LightningCLI):
     ):
         self.command, self.defaults, self.signals = command, defaults, signals
         self.claim: Claim | None = None
+        self.lock: IO | None = None  # held open, and so held
         self.content: dict = {}  # of the checkpoint from which to go on
         self.changes: resume.Changes = {}
         quiet()
@@ -114,6 +111,7 @@ class TrainingCLI(LightningCLI):
                 },
             )
         except BaseException:  # refused, or stopped
+            self.close()
             if self.claim is not None:
                 self.claim.release()
             raise
@@ -212,11 +210,13 @@ class TrainingCLI(LightningCLI):
                 resume.refuse_fixed(there, Path(checkpoint))
             except ValueError as error:
                 raise ValueError(f"run_dir {own} is another run's: {error}, with a --run_dir of its own") from None
+            self.lock = lock(own)
             return own
         # processes that Lightning starts inherit the choice of the first one
         if rank_zero_only.rank:
             return Path(named or os.environ.get("ESPO_RUN_DIR", "runs"))
         self.claim = Claim(named, self.saved_config)
+        self.lock = lock(self.claim.folder)
         return self.claim.folder
 
     # ---- objects ---------------------------------------------------------------------------------------
@@ -239,6 +239,8 @@ class TrainingCLI(LightningCLI):
         if own.ckpt_path is not None:
             done = self.content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
             self.record["history"] = resume.history(before, Path(own.ckpt_path), done, self.changes)
+            if 0 < (planned := self.datamodule.batches * (config.max_epochs or 1)) < done:
+                raise ValueError(f"data.batches: {planned} batches altogether, of which {done} are done already")
         self.checkpoint = RunCheckpoint(
             self.run_dir, own.checkpoint_every, own.keep_checkpoints, self.signals, self.record
         )
@@ -249,7 +251,7 @@ class TrainingCLI(LightningCLI):
             plugins=[*plugins, DirectCheckpointIO()],
             logger=[*(x for x in loggers if isinstance(x, Logger)), Metrics(self.run_dir)],
             default_root_dir=self.run_dir,
-            callbacks=[self.checkpoint, *callbacks, *self.extra_callbacks(), *shown, Renewal(self.changes)],
+            callbacks=[self.checkpoint, *callbacks, *self.extra_callbacks(), *shown, resume.Renewal(self.changes)],
             enable_progress_bar=bars and config.enable_progress_bar is not False,
             enable_autolog_hparams=False,  # this command line logs them once it is sure to train
             **kwargs,
@@ -326,22 +328,16 @@ class TrainingCLI(LightningCLI):
             return [why, f"{why}, before the first batch"]
         return [why, f"{why}; to go on:", f"  {resume_command(self.command, self.checkpoint.complete[-1], *more)}"]
 
+    def close(self) -> None:
+        """Let others have the run folder."""
+        if self.lock is not None:
+            self.lock.close()
+
     def show(self, *lines: str) -> None:
         """Print lines on the first process."""
         if self.trainer.is_global_zero:
             sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
-
-
-class Renewal(Callback):
-    """Lets changed settings of optimizer and schedule take effect, over those that a checkpoint brings back."""
-
-    def __init__(self, changes: resume.Changes):
-        self.needed = bool(resume.matching(changes, resume.SCHEDULE))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.needed:
-            resume.renew_schedule(trainer, pl_module)
 
 
 def as_list(value: object) -> list:

@@ -7,21 +7,23 @@ PHASES = {"time/rollout": "decoding", "time/score": "verifying and scoring", "ti
 RARE = ("failed", "timeout")  # shown only if it happened
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """All rows of a run's metrics, in order, also over resumes.
+def metrics_files(run_dir: Path) -> list[Path]:
+    """A run's metrics: of the parts that resumes ended, in their order, and the newest."""
+    return [p for p in (*sorted(run_dir.glob("metrics.*.csv")), run_dir / "metrics.csv") if p.exists()]
 
-    A part that a resume began replaces what earlier parts say of its rollouts and of later ones, which belong to a
-    future that was dropped. Rows that callbacks logged about something else, without a rollout, are left out.
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """All rows of a run's metrics, in order, also over resumes (a repeated rollout counts once, the latest).
+
+    Rows that callbacks logged about something else, without a rollout, are left out.
     """
     rows: dict[tuple, dict[str, float]] = {}
-    for path in [*sorted(run_dir.glob("metrics.*.csv")), run_dir / "metrics.csv"]:
-        if path.exists():
-            with path.open(newline="") as file:
-                part = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-            part = [row for row in part if "rollout" in row]
-            begun = min((row["rollout"] for row in part if "train/reward" in row), default=float("inf"))
-            rows = {key: row for key, row in rows.items() if key[0] < begun}
-            rows |= {(row["rollout"], "train/reward" in row): row for row in part}
+    for path in metrics_files(run_dir):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                values = {k: float(v) for k, v in row.items() if v}
+                if "rollout" in values:
+                    rows[values["rollout"], "train/reward" in values] = values
     return [rows[key] for key in sorted(rows)]
 
 

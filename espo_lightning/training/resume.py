@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from espo_lightning.training.checkpoints import PolicyModule
 from espo_lightning.training.run_checkpoint import RECORD
@@ -137,6 +137,17 @@ def renew_schedule(trainer: Trainer, module: LightningModule) -> None:
     for group, renewed in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
         group.update({key: value for key, value in renewed.items() if key != "params"})
     config.scheduler.load_state_dict(schedule.state_dict())
+
+
+class Renewal(Callback):
+    """Lets changed settings of optimizer and schedule take effect, over those that a checkpoint brings back."""
+
+    def __init__(self, changes: Changes):
+        self.needed = bool(matching(changes, SCHEDULE))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.needed:
+            renew_schedule(trainer, pl_module)
 
 
 def history(record: dict, checkpoint: Path, batches: int, found: Changes) -> list[dict]:

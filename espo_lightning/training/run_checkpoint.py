@@ -59,7 +59,7 @@ class RunCheckpoint(Checkpoint):
         self.done = 0  # batches, over all epochs
         self.saved: int | None = None  # of the newest checkpoint
         self.interrupted = False  # by a signal, which all processes have agreed on
-        self.policy_saved = False
+        self.begun = self.policy_saved = False
         self.resumed: dict = {}  # the record in the checkpoint from which this run goes on
         self.start, self.seconds = time.perf_counter(), 0.0
         self._due = False  # a validation, right after this batch
@@ -143,26 +143,28 @@ class RunCheckpoint(Checkpoint):
         return self.seconds + time.perf_counter() - self.start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin(trainer, pl_module)
+        self.signals.take()  # Lightning has put its own handler of SIGTERM in their place
+        self.signals.patient = True
+        if trainer.ckpt_path is not None:
+            loader = trainer.train_dataloader  # whose state Lightning forgets where a schedule has asked for its length
+            loader.position = trainer.fit_loop.epoch_loop.batch_progress.current.ready % loader.batches
+            self._validate_if_due(trainer)
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Everything is restored; only now is the run folder touched."""
-        self.done, self.start = trainer.fit_loop.total_batch_idx + 1, time.perf_counter()
-        resumed = trainer.ckpt_path is not None
+        self.begun, self.start = True, time.perf_counter()
+        self.done = self.saved = trainer.fit_loop.total_batch_idx + 1
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             recover_all(self.folder)
             recover(self.policy_folder)
-            if resumed:
+            if trainer.ckpt_path is not None:
                 rewind(self.run_dir, self.done, getattr(pl_module, "rollouts", self.done))
                 if "config" in self.record:
                     write_text(self.run_dir / "config.yaml", self.record["config"])
                 log_lost_row(trainer, self.run_dir, self.resumed.get("row", {}))
         trainer.strategy.barrier("run folder")
-        self.signals.take()  # Lightning has put its own handler of SIGTERM in their place
-        self.signals.patient = True
-        if resumed:
-            self.saved = self.done
-            loader = trainer.train_dataloader  # whose state Lightning forgets where a schedule has asked for its length
-            loader.position = trainer.fit_loop.epoch_loop.batch_progress.current.ready % loader.batches
-            self._validate_if_due(trainer)
 
     def _validate_if_due(self, trainer: Trainer) -> None:
         """The checkpoint is from before the validation of its batch, as the states of all callbacks are."""
@@ -233,7 +235,10 @@ class RunCheckpoint(Checkpoint):
             self.save_policy(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.interrupted and not self.policy_saved:  # nothing was left to train, so that no train ended
+        if not self.begun:  # nothing was left to train, so that no training began or ended
+            self.begin(trainer, pl_module)
+            self.seconds, self.start = self.elapsed, time.perf_counter()
+        if not self.interrupted and not self.policy_saved:
             self.save_policy(trainer, pl_module)
 
     def save_policy(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,5 +1,8 @@
 """The folder of a run: whose it is, how files in it get their names, and what a resumed run finds there."""
 
+import contextlib
+import csv
+import io
 import json
 import os
 import shlex
@@ -7,9 +10,16 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from espo_lightning.training.report import metrics_files
+
+fcntl = None
+with contextlib.suppress(ImportError):  # only where there are POSIX locks
+    import fcntl
 
 ASIDE = ".old"  # what gives its name away to a newer one, for a moment
 
@@ -128,6 +138,27 @@ class Claim:
         return True
 
 
+def lock(folder: Path) -> IO | None:
+    """Keep other processes out of a run folder for as long as the file that is returned is open.
+
+    None where the system has no such locks.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    if fcntl is None:
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"run_dir {folder}: another process is writing there; wait until it has ended") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 # ---- what a resumed run finds ------------------------------------------------------------------------
 
 
@@ -154,13 +185,26 @@ def keep_lines(path: Path, keep: Callable[[dict], bool]) -> None:
         write_text(path, "".join(line.decode() + "\n" for line in kept))
 
 
+def keep_rows(path: Path, keep: Callable[[dict], bool]) -> None:
+    """Drop rows of a CSV file, and half a line at its end that a killed process left."""
+    text = path.read_text()
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    kept, out = [row for row in rows if keep(row)], io.StringIO()
+    writer = csv.DictWriter(out, rows.fieldnames or [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept)
+    write_text(path, out.getvalue())
+
+
 def rewind(run_dir: Path, batches: int, rollouts: int) -> None:
     """Make a run folder that of a run which is about to go on after so many batches.
 
-    What belongs to the future that is about to be made again is dropped from ``samples.jsonl`` or set aside: a
+    What belongs to the future that is about to be made again is dropped from metrics and samples, or set aside: a
     ``summary.json``, which is no longer the run's, and later checkpoints, which are not this future's.
     """
     keep_lines(run_dir / "samples.jsonl", lambda row: row["rollout"] <= rollouts)
+    for path in metrics_files(run_dir):
+        keep_rows(path, lambda row: float(row.get("rollout") or 0) <= rollouts)
     earlier = run_dir / "summary.json"
     if earlier.exists():
         finished = json.loads(earlier.read_text()).get("rollouts", 0)

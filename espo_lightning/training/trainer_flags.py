@@ -5,6 +5,7 @@ Trainer.
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 # refused, unless left as they are: flag -> what to use here
@@ -101,3 +103,10 @@ def check_callbacks(callbacks: list[Callback], strategy: Strategy) -> None:
         for kind, advice in CALLBACKS.items():
             if isinstance(callback, kind):
                 raise ValueError(f"trainer.callbacks: {type(callback).__name__} is not possible here: {advice}")
+
+
+def save_dir_is_optional() -> None:
+    """Let ``--trainer.logger=TensorBoardLogger`` do without a ``save_dir``, which is the run folder, as W&B's does."""
+    for logger in (TensorBoardLogger, CSVLogger):
+        if signature(logger).parameters["save_dir"].default is signature(logger).empty:
+            logger.__init__.__defaults__ = (".", *logger.__init__.__defaults__)
