@@ -16,14 +16,15 @@ class SignalAt(Callback):
         batch: how many batches are done by then.
         number: which signal.
         times: how often.
+        rank: of the process.
     """
 
-    def __init__(self, moment: str, batch: int = 0, number: int = int(signal.SIGINT), times: int = 1):
-        self.moment, self.batch, self.number, self.times = moment, batch, number, times
+    def __init__(self, moment: str, batch: int = 0, number: int = int(signal.SIGINT), times: int = 1, rank: int = 0):
+        self.moment, self.batch, self.number, self.times, self.rank = moment, batch, number, times, rank
 
     def at(self, moment: str, trainer) -> None:
         done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        if self.moment == moment and done == self.batch and self.times:
+        if self.moment == moment and done == self.batch and self.times and trainer.global_rank == self.rank:
             times, self.times = self.times, 0
             for _ in range(times):
                 os.kill(os.getpid(), self.number)

@@ -210,7 +210,7 @@ class TrainingCLI(LightningCLI):
                 resume.refuse_fixed(there, Path(checkpoint))
             except ValueError as error:
                 raise ValueError(f"run_dir {own} is another run's: {error}, with a --run_dir of its own") from None
-            self.lock = lock(own)
+            self.lock = None if rank_zero_only.rank else lock(own)
             return own
         # processes that Lightning starts inherit the choice of the first one
         if rank_zero_only.rank:
