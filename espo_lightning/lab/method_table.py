@@ -22,18 +22,6 @@ from espo_lightning.scoring.likelihood import Seen
 SAMPLES = 4096  # completions whose masks are drawn, to average how many views show nothing hidden
 COLUMNS = ("method", "masks", "score or ratio", "objective", "counts", "advantage", "KL", "decoding", "μ")
 COLUMNS += ("forwards", "paper")
-    "method",
-    "masks",
-    "score or ratio",
-    "objective",
-    "counts",
-    "advantage",
-    "KL",
-    "decoding",
-    "μ",
-    "forwards",
-    "paper",
-)
 PHASES = ("rollout", "old", "reference", "updates")
 
 PAGE = """# Methods
@@ -45,11 +33,11 @@ and gradients equal the official code's to 1e-12 (`tests/test_methods.py`), with
 
 {table}
 
-Names are those of functions and classes of `espo_lightning`; `total` is a likelihood's own score. "counts" says how much
-a completion weighs in the mean. Arguments that have their default are not shown. "forwards" are those of a completion
-and rollout, a backward pass counted as two, split up below. What is official, and what differs here, stands in the
-section of each method. The causal controls, GRPO and GSPO with exact likelihoods, are `experiments/sudoku_grpo.yaml`
-and `sudoku_gspo.yaml`.
+Names are those of functions and classes of `espo_lightning`; `total` is a likelihood's own score. "counts" says how
+much a completion weighs in the mean. Arguments that have their default are not shown. "forwards" are those of a
+completion and rollout, a backward pass counted as two, split up below. What is official, and what differs here, stands
+in the section of each method. The causal controls, GRPO and GSPO with exact likelihoods, are
+`experiments/sudoku_grpo.yaml` and `sudoku_gspo.yaml`.
 
 ## What a rollout costs
 
