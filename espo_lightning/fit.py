@@ -61,8 +61,7 @@ def make(argv: list[str] | None, signals: Signals) -> FitCLI:
 def work(cli: FitCLI) -> None:
     """Measure, train, measure again, and write what came of it."""
     model, data = cli.model, cli.datamodule
-    cli.show(
-        f"writing to {cli.run_dir}",
+    cli.announce(
         f"{data.batches} rollouts of {data.batch_size} prompts x {model.group_size} completions, "
         f"{model.updates} updates each",
     )

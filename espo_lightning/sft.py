@@ -32,7 +32,7 @@ def make(argv: list[str] | None, signals: Signals) -> SFTCLI:
 
 
 def work(cli: SFTCLI) -> None:
-    cli.show(f"writing to {cli.run_dir}", f"{cli.datamodule.batches} batches of {cli.datamodule.batch_size} answers")
+    cli.announce(f"{cli.datamodule.batches} batches of {cli.datamodule.batch_size} answers")
     cli.fit()
     cli.show("", f"{cli.checkpoint.policy_folder}  the policy", *cli.ending()[1:])
 

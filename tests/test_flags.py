@@ -3,6 +3,8 @@
 import csv
 import inspect
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -266,3 +268,32 @@ def test_wandb_gets_settings_and_sample_tables(autolog, flags, tmp_path, monkeyp
     ((columns, data),) = tables
     assert columns == ["rollout", "prompt", "right", "reward", "completion"]
     assert [row[:3] for row in data] == [[1, "abc", "aaaa"]] * 4
+
+
+def test_trackio_gets_metrics_settings_and_sample_tables(flags, tmp_path, monkeypatch, capsys):
+    """With the calls of trackio 0.43, which the tests do not install."""
+    begun, logged = [], []
+
+    class Run:
+        def log(self, metrics, step=None):
+            logged.append(metrics)
+
+    class Table:
+        def __init__(self, columns=None, data=None):
+            self.columns, self.data = columns, data
+
+    module = types.ModuleType("trackio")
+    module.Table = Table
+    module.init = lambda project, name=None, config=None: begun.append((project, name, config)) or Run()
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    run = ["--trainer.logger=TrackioLogger", "--trainer.logger.run=first"]
+    fit.main([*flags["fit"], f"--run_dir={tmp_path / 'run'}", *run])
+    ((project, name, settings),) = begun
+    assert (project, name) == ("espo_lightning", "first")
+    assert settings["model"]["group_size"] == 4
+    assert [m["rollout"] for m in logged if "train/reward" in m] == [1, 2, 3]
+    (table,) = [m["samples"] for m in logged if "samples" in m]
+    assert [row[1] for row in table.data] == ["abc"] * 4
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert "pip install trackio" in refused(capsys, fit, *flags["fit"], f"--run_dir={tmp_path / 'other'}", run[0])
+    assert not (tmp_path / "other").exists()

@@ -28,6 +28,7 @@ from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, re
 from espo_lightning.training.screen import progress, quiet
 from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
 from espo_lightning.training.strategies import check, check_resume, named
+from espo_lightning.training.trackio_logger import TrackioLogger  # noqa: F401, for --trainer.logger=TrackioLogger
 from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags, save_dir_is_optional
 
 USAGE = "python -m {} [--config FILE] [--trainer.K=VALUE] [--model.K=VALUE] [--data.K=VALUE]"
@@ -289,12 +290,16 @@ class TrainingCLI(LightningCLI):
 
     # ---- the run ---------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Train. Raises Stopped if a signal came."""
+    def announce(self, *lines: str) -> None:
+        """Say what is about to begin, on the screen and, with all settings, to the loggers."""
+        self.show(f"writing to {self.run_dir}", *lines)
         if self.config.trainer.enable_autolog_hparams:
             for logger in self.trainer.loggers:
                 if not isinstance(logger, Metrics):  # beside which config.yaml stands
                     logger.log_hyperparams(self.settings)
+
+    def fit(self) -> None:
+        """Train. Raises Stopped if a signal came."""
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
         if self.checkpoint.interrupted:
             raise Stopped

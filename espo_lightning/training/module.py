@@ -270,7 +270,7 @@ class ESPOModule(PolicyModule):
     def validation_step(self, problems: list[Problem], batch_idx: int) -> None:
         """Greedy completions of held-out problems, each with a key of its own, for orders that are drawn."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
-        first = batch_idx * self.trainer.world_size * len(problems)
+        first = self.trainer.world_size * len(self.verdicts)  # the last batch may be smaller
         keys = fold_in(EVALUATE, first + self.global_index(len(problems)))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
         self.verdicts += judge_all(problems, texts)
