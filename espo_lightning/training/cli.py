@@ -138,7 +138,7 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         """As LightningCLI does, on top of the settings of the run that is to go on."""
         argv = spelt_out(args)
-        if (path := self._checkpoint_named(argv)) is not None:
+        if (path := option(argv, "ckpt_path")) not in (None, "null"):
             try:
                 stored = self._stored(parser, Path(path))
             except BAD_INPUT as error:
@@ -149,10 +149,6 @@ class TrainingCLI(LightningCLI):
             parser.error("seed_everything would seed global generators, from which nothing here draws: use --seed")
         if path is None and self.config.ckpt_path is not None:
             parser.error("give --ckpt_path on the command line, as the settings of its run come with it")
-
-    @staticmethod
-    def _checkpoint_named(argv: list[str]) -> str | None:
-        return option(argv, "ckpt_path")
 
     def _stored(self, parser, checkpoint: Path) -> str:
         """The settings of a checkpoint's run, as YAML; what else it says is kept in ``content``."""
@@ -196,7 +192,7 @@ class TrainingCLI(LightningCLI):
         os.environ["ESPO_RUN_DIR"] = str(self.run_dir)
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             arguments = getattr(logger, "init_args", None)
-            if arguments is not None and arguments.get("save_dir", "") in (None, "."):
+            if arguments is not None and arguments.get("save_dir", "") in (None, ".", "./mlruns"):
                 arguments.save_dir = str(self.run_dir)
 
     def _choose_folder(self) -> Path:
@@ -259,6 +255,7 @@ class TrainingCLI(LightningCLI):
         )
         check_callbacks(callbacks, trainer.strategy)
         self.check(trainer)
+        self.content = {}  # maps a file that may be removed soon
         if rank_zero_only.rank == 0:
             check_space(self.run_dir, self.model, own.keep_checkpoints + 2)  # the best, and the one being written
             (self.run_dir / "checkpoints").mkdir(exist_ok=True)
