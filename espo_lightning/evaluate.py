@@ -108,16 +108,21 @@ def evaluate(
     records = shards.read()
     if len(records) < len(batches):
         return shards.finished()
-    made = [sample for number in range(len(batches)) for sample in records[number]["samples"]]
-    result = {
-        **summarise(per_problem([s["verdict"] for s in made], samples)),
-        "chance": task.chance,
-        "seconds": sum(records[number]["seconds"] for number in range(len(batches))),
-        **shards.header,
-        "samples": made,
-    }
+    result = _result([records[number] for number in range(len(batches))], samples, task, shards.header)
     shards.finish(result)
     return result
+
+
+def _result(records: list[dict], samples: int, task: Task, header: dict) -> dict:
+    """What is written, of the records of all batches in their order."""
+    made = [sample for record in records for sample in record["samples"]]
+    return {
+        **summarise(per_problem([s["verdict"] for s in made], samples)),
+        "chance": task.chance,
+        "seconds": sum(record["seconds"] for record in records),
+        **header,
+        "samples": made,
+    }
 
 
 def _decoding(decoding: Decoder, protocol: str | None) -> Decoder:
