@@ -494,7 +494,7 @@ def test_a_run_that_is_going_on_is_not_resumed_by_another_process(run, capsys):
     before = snapshot(run)
     assert "another process is writing there" in refused(capsys, fit, f"--ckpt_path={checkpoint(run, 4)}")
     assert snapshot(run) == before
-    held.close()
+    os.close(held)
     assert ends(fit, f"--ckpt_path={checkpoint(run, 4)}") == 0
 
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 import yaml
@@ -85,7 +84,7 @@ class TrainingCLI(LightningCLI):
     ):
         self.command, self.defaults, self.signals = command, defaults, signals
         self.claim: Claim | None = None
-        self.lock: IO | None = None  # held open, and so held
+        self.lock: int | None = None  # a descriptor; what is open is held
         self.content: dict = {}  # of the checkpoint from which to go on
         self.changes: resume.Changes = {}
         quiet()
@@ -333,7 +332,8 @@ class TrainingCLI(LightningCLI):
     def close(self) -> None:
         """Let others have the run folder."""
         if self.lock is not None:
-            self.lock.close()
+            os.close(self.lock)
+            self.lock = None
 
     def show(self, *lines: str) -> None:
         """Print lines on the first process."""

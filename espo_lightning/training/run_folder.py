@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -138,8 +137,8 @@ class Claim:
         return True
 
 
-def lock(folder: Path) -> IO | None:
-    """Keep other processes out of a run folder for as long as the file that is returned is open.
+def lock(folder: Path) -> int | None:
+    """Keep other processes out of a run folder for as long as the descriptor that is returned is open.
 
     None where the system has no such locks.
 
@@ -148,11 +147,11 @@ def lock(folder: Path) -> IO | None:
     """
     if fcntl is None:
         return None
-    file = (folder / ".lock").open("w")
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(file)
         raise ValueError(f"run_dir {folder}: another process is writing there; wait until it has ended") from None
     except OSError:  # a file system without locks
         pass
