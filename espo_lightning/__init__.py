@@ -1,9 +1,9 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
 from espo_lightning.decoding.causal import AutoregressiveDecoding
-from espo_lightning.decoding.decoder import Decoder
+from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.masked import Decoding, generate
-from espo_lightning.decoding.orders import entropy_order, low_confidence, margin_order, random_order
+from espo_lightning.decoding.orders import entropy_order, left_to_right, low_confidence, margin_order, random_order
 from espo_lightning.decoding.schedules import Step, dream_schedule, even_schedule, origin_schedule
 from espo_lightning.objectives.advantages import (
     leave_one_out,
@@ -76,6 +76,7 @@ __all__ = [
     "Task",
     "TimeELBO",
     "TokenViews",
+    "Trace",
     "Weighted",
     "alike",
     "by_length",
@@ -90,6 +91,7 @@ __all__ = [
     "k2_u",
     "k3",
     "leave_one_out",
+    "left_to_right",
     "load_policy",
     "log_probs",
     "low_confidence",
