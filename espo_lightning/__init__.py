@@ -34,7 +34,8 @@ from espo_lightning.scoring.likelihood import (
 )
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import log_probs, score
-from espo_lightning.scoring.views import BlockViews, RandomViews, TokenViews
+from espo_lightning.scoring.trajectory import HighestEntropy, Trajectory
+from espo_lightning.scoring.views import BlockViews, OneMasked, RandomViews, TokenViews
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.module import ESPOModule
@@ -54,11 +55,13 @@ __all__ = [
     "Decoding",
     "DeepSpeed",
     "ESPOModule",
+    "HighestEntropy",
     "Likelihood",
     "LoRA",
     "Masks",
     "MeanField",
     "Objective",
+    "OneMasked",
     "Policy",
     "PolicyGradient",
     "Problem",
@@ -77,6 +80,7 @@ __all__ = [
     "TimeELBO",
     "TokenViews",
     "Trace",
+    "Trajectory",
     "Weighted",
     "alike",
     "by_length",

@@ -85,11 +85,11 @@ def cost(
         rollout,
         likelihood,
         completions,
-        decoding.length,
+        decoding,
         updates if fresh_masks and likelihood.random else 1,
         **options,
     )
-    draws = getattr(likelihood, "draws", 1)
+    draws = getattr(likelihood, "draws", 1) or decoding.passes
     spent = flops(network, w, rank, gradient_checkpointing)
     paper = 2 * network.parameters * rollout.width * completions
     columns = []

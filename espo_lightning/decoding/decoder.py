@@ -27,14 +27,14 @@ class Trace(NamedTuple):
 class Decoder(ABC):
     """How completions are decoded, and of which policies.
 
-    length: canvas width L. temperature: 0 is greedy. passes: the most forward passes of a completion. order_free:
-    whether the positions that a step commits are drawn without looking at the policy, so that two policies give the
-    same law to every order.
+    length: canvas width L. temperature: 0 is greedy. passes: the most forward passes of a completion, None =
+    not known. order_free: whether the positions that a step commits are drawn without looking at the policy, so that
+    two policies give the same law to every order.
     """
 
     length: int
     temperature: float
-    passes: int
+    passes: int | None = None
     order_free: bool = False
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
-from espo_lightning.lab.flops import decoding_passes, work
+from espo_lightning.lab.flops import decoding_passes, plain_trace, work
 from espo_lightning.lab.methods import Method, read_method
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.scoring.likelihood import Seen
@@ -90,7 +90,8 @@ def forwards(method: Method, completions: int = SAMPLES) -> dict[str, float]:
     length = method.decoding.length
     random = method.fresh_masks and method.likelihood.random
     keys = torch.arange(completions)
-    seen = Seen.whole(keys, length)._replace(updates=method.updates)
+    trace = plain_trace(method.decoding, completions) if method.likelihood.traced else None
+    seen = Seen.whole(keys, length)._replace(updates=method.updates, trace=trace)
     masks = [
         method.likelihood.masks(fold_in(keys, u), seen._replace(update=u))
         for u in range(method.updates if random else 1)

@@ -90,5 +90,5 @@ class Objective(ABC):
             group: completions of a prompt, if ``groups``.
         """
 
-    def check(self, likelihood: Any) -> None:  # noqa: B027
-        """Raise a ValueError if the objective cannot use the scores of a likelihood."""
+    def check(self, likelihood: Any, decoding: Any) -> None:  # noqa: B027
+        """Raise a ValueError if the objective cannot use a likelihood's scores of what a decoder makes."""

@@ -67,7 +67,7 @@ class PolicyGradient(Objective):
     def idle(self) -> bool:
         return self.beta == 0
 
-    def check(self, likelihood: Any) -> None:
+    def check(self, likelihood: Any, decoding: Any) -> None:
         if self.kl is k2_u and self.beta and likelihood.independent_draws < 2:
             raise ValueError("kl=k2_u needs independent mask draws: set likelihood.draws >= 2 and stratified: false")
 

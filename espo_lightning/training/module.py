@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from espo_lightning.decoding.decoder import Decoder
+from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
 from espo_lightning.objectives.advantages import equal_groups, leave_one_out
@@ -113,6 +113,7 @@ class ESPOModule(PolicyModule):
         self.max_prompt_length, self.seed = max_prompt_length, seed
         self.rollouts = 0  # finished rollouts; with the seed, the whole state of the randomness
         self.last_rollout: Rollout | None = None  # for callbacks
+        self.trace: Trace | None = None  # of the completions just decoded, if the likelihood asks
         self.verdicts: list[Verdict] = []  # of the validation in progress
 
     def configure_model(self) -> None:
@@ -146,16 +147,19 @@ class ESPOModule(PolicyModule):
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length).repeat_each(self.group_size)
         index = self.global_index(len(prompts.ids))
         keys = fold_in(fold_in(self.seed, self.rollouts).to(index.device), index)
-        return prompts, self.generate(prompts, fold_in(keys, DECODE), self.decoding), keys
+        decoded = self.generate(prompts, fold_in(keys, DECODE), self.decoding, self.likelihood.traced)
+        completion, self.trace = decoded if self.likelihood.traced else (decoded, None)
+        return prompts, completion, keys
 
     def global_index(self, count: int) -> Tensor:
         """Numbers of this process's ``count`` samples among those of all processes: int64 [count]."""
         return self.global_rank * count + torch.arange(count, device=self.policy.device)
 
-    def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder) -> Tensor:
-        """Completions [B, L] of prompts [B, P] with keys [B]; all processes run equally many steps."""
+    def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder, traced: bool = False) -> tuple | Tensor:
+        """Completions [B, L] of prompts [B, P] with keys [B], ``traced`` with their `Trace`; as many steps by all."""
+        decode = decoding.decode if traced else decoding.generate
         with gathered(self.policy) if self.gather_rollouts else nullcontext():
-            return decoding.generate(
+            return decode(
                 self.policy, prompts, keys, lambda more: self.trainer.strategy.reduce_boolean_decision(more, all=False)
             )
 
@@ -169,7 +173,7 @@ class ESPOModule(PolicyModule):
         rows, counted, idle = self.rows_with_gradient(equal)
 
         keys = fold_in(keys, MASK)
-        seen = Seen.of(self.policy, prompts, completion, keys, self.updates)
+        seen = Seen.of(self.policy, prompts, completion, keys, self.updates, self.trace, self.decoding.passes)
         length = seen.valid.sum(-1)
         count = self.objective.count(length)
         count = count / self.trainer.strategy.reduce(count.mean(), reduce_op="mean")
