@@ -12,13 +12,35 @@ from espo_lightning.objectives.advantages import (
     standardised,
     z_score,
 )
-from espo_lightning.objectives.kl import k1, k1_score, k2, k2_u, k3, sequence_kl, token_kl, undivided_kl, view_kl
+from espo_lightning.objectives.balance import Balance
+from espo_lightning.objectives.kl import (
+    k1,
+    k1_score,
+    k2,
+    k2_each,
+    k2_u,
+    k3,
+    sequence_kl,
+    step_kl,
+    token_kl,
+    trace_kl,
+    undivided_kl,
+    view_kl,
+)
 from espo_lightning.objectives.objective import Objective, Scores, alike, by_length
 from espo_lightning.objectives.policy_gradient import PolicyGradient, espo_loss
-from espo_lightning.objectives.ratios import scored_token_ratio, sequence_ratio, token_ratio, view_ratio
+from espo_lightning.objectives.ratios import (
+    scored_token_ratio,
+    sequence_ratio,
+    step_ratio,
+    token_ratio,
+    trace_ratio,
+    view_ratio,
+)
 from espo_lightning.objectives.sandwich import Sandwich
 from espo_lightning.objectives.self_normalised import SelfNormalised
-from espo_lightning.objectives.weighted import Weighted
+from espo_lightning.objectives.truncated import TruncatedRatio, ball_kl, hamming_ball, truncated_ratio
+from espo_lightning.objectives.weighted import Weighted, total
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.lora import LoRA
 from espo_lightning.policies.policy import Policy, Prompts
@@ -49,6 +71,7 @@ __all__ = [
     "FSDP2",
     "Autoregressive",
     "AutoregressiveDecoding",
+    "Balance",
     "BlockViews",
     "Countdown",
     "Decoder",
@@ -81,17 +104,21 @@ __all__ = [
     "TokenViews",
     "Trace",
     "Trajectory",
+    "TruncatedRatio",
     "Weighted",
     "alike",
+    "ball_kl",
     "by_length",
     "dream_schedule",
     "entropy_order",
     "espo_loss",
     "even_schedule",
     "generate",
+    "hamming_ball",
     "k1",
     "k1_score",
     "k2",
+    "k2_each",
     "k2_u",
     "k3",
     "leave_one_out",
@@ -110,8 +137,14 @@ __all__ = [
     "sequence_ratio",
     "softmax_difference",
     "standardised",
+    "step_kl",
+    "step_ratio",
     "token_kl",
     "token_ratio",
+    "total",
+    "trace_kl",
+    "trace_ratio",
+    "truncated_ratio",
     "undivided_kl",
     "view_kl",
     "view_ratio",

@@ -13,6 +13,7 @@ from two_processes import METHODS
 
 from espo_lightning import (
     ELBO,
+    Balance,
     MeanField,
     PolicyGradient,
     QuadratureELBO,
@@ -22,7 +23,9 @@ from espo_lightning import (
     TimeELBO,
     by_length,
     k1,
+    k2_each,
     mean_centred,
+    sequence_kl,
     token_kl,
     token_ratio,
 )
@@ -98,12 +101,28 @@ def same_for_all(prompt: str, text: str) -> dict[str, float]:
 
 @EACH
 def test_equal_rewards_have_no_gradient_at_all(name):
+    """But for a balance against a reference, whose residual they leave; and it has none before the first update."""
     settings = METHODS[name]
     if getattr(settings["objective"], "beta", 0):
         settings = settings | {"objective": replace(settings["objective"], beta=0.0)}
     _, metrics = train(2, task=Letters(same_for_all), **settings, skip_equal_groups=False)
     assert [row["train/grad_norm"] for row in metrics.rows] == [0.0, 0.0]
     assert all(not r.advantages.any() for r in metrics.rollouts)
+
+
+@pytest.mark.parametrize("name", [n for n, s in METHODS.items() if isinstance(s["objective"], Balance)])
+def test_equal_rewards_leave_a_balance_with_a_gradient(name):
+    """A policy that has left its reference is drawn back by completions that all have the same reward."""
+    settings, rows = METHODS[name], []
+    assert not settings["objective"].idle
+    for skip in (False, True):
+        task = Letters(partial(first_only, seen=[]))  # rewards in the first rollout, none in the second
+        _, metrics = train(2, task=task, **settings | {"updates": 2}, skip_equal_groups=skip)
+        rows.append([row["train/grad_norm"] for row in metrics.rows])
+        assert metrics.rows[1]["train/zero_variance_groups"] == 1.0
+        assert len(metrics.rollouts[1].completion) == len(metrics.rollouts[1].decoded)
+    torch.testing.assert_close(*rows)
+    assert rows[0][1] > 0 or (settings["objective"].to_old and not settings["objective"].beta)
 
 
 OTHERS = {  # another value of every argument of every objective and law that a preset has
@@ -124,13 +143,34 @@ OTHERS = {  # another value of every argument of every objective and law that a 
     "block": 4,
     "noise": 0.6,
 }
+TRACED = {  # of those that only methods on traces, and balances, have; the rest are tested above
+    "temperature": 0.03,
+    "centre": False,
+    "square": k2_each,
+    "clip_high": 1e-3,
+    "kl_at": sequence_kl,
+    "merge": 2,
+    "entropy": False,
+    "weighted": True,
+    "draws": 3,
+}
 PENALISED = PolicyGradient(beta=0.5)
+NEW = ("rtb", "sepo", "justgrpo", "tracerl", "agrpo", "egspo", "gdsd", "rspo", "trafl")
 ARGUMENTS = [
     (name, where, field.name)
     for name, settings in METHODS.items()
     for where in ("objective", "likelihood")
     for field in fields(settings[where])
-    if field.name in OTHERS and OTHERS[field.name] != getattr(settings[where], field.name)
+    if name not in NEW and field.name in OTHERS and OTHERS[field.name] != getattr(settings[where], field.name)
+]
+NEW_ARGUMENTS = [
+    (name, where, field.name)
+    for name in NEW
+    for where in ("objective", "likelihood")
+    for field in fields(METHODS[name][where])
+    if field.name in TRACED and TRACED[field.name] != getattr(METHODS[name][where], field.name)
+    if not (METHODS[name]["likelihood"].exact and field.name in ("square", "merge", "draws"))  # refused, or another law
+    if (where, field.name) != ("likelihood", "temperature")  # the decoder's
 ]
 
 
@@ -142,6 +182,16 @@ def test_every_argument_has_an_effect(name, where, argument):
     changed = settings | {where: replace(settings[where], **{argument: OTHERS[argument]})}
     same = {"micro_batch": None, "max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0)}
     assert not torch.equal(train(3, **settings, **same)[0], train(3, **changed, **same)[0])
+
+
+@pytest.mark.parametrize(("name", "where", "argument"), NEW_ARGUMENTS)
+def test_every_argument_of_the_methods_on_traces_has_an_effect(name, where, argument):
+    settings, same = METHODS[name], {"max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0)}
+    settings = settings | {"updates": 1 if argument == "draws" else max(2, settings["updates"])}
+    if argument == "kl_at":
+        settings = settings | {"objective": replace(settings["objective"], beta=0.02)}
+    changed = settings | {where: replace(settings[where], **{argument: TRACED[argument]})}
+    assert not torch.equal(train(2, **settings, **same)[0], train(2, **changed, **same)[0])
 
 
 def test_where_the_penalty_is_applied_and_to_what_has_an_effect():
