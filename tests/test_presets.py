@@ -3,17 +3,21 @@
 import warnings
 from dataclasses import fields, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import Letters, fit, parameters, small_module, small_policy
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from two_processes import METHODS
 
 from espo_lightning import (
     ELBO,
     Balance,
+    ESPOModule,
     MeanField,
     PolicyGradient,
     QuadratureELBO,
@@ -327,12 +331,54 @@ def refused(capsys, *flags: str) -> str:
         (["gdpo", "--model.policy.path=bundled:sudoku_causal"], "cannot denoise"),
         (["gdpo", "--model.likelihood=Autoregressive"], "likelihood=Autoregressive scores a token"),
         (["gdpo", "--model.beta=0.1"], "model.beta is now model.objective.beta"),
+        (
+            ["rtb", "--model.decoding.order=espo_lightning.low_confidence"],
+            "order of this decoding depends on the policy",
+        ),
+        (["rtb", "--model.likelihood.draws=4"], "sampled or merged steps"),
+        (["rtb", "--model.likelihood.merge=4"], "sampled or merged steps"),
+        (["rtb", "--model.decoding.temperature=0"], "decoding.temperature is 0"),
+        (["rtb", "--model.decoding.top_p=0.9"], "needs decoding.top_p=1, got 0.9"),
+        (["rtb", "--model.micro_batch=3"], "micro_batch must be a multiple of group_size"),
+        (["agrpo", "--model.decoding.top_p=0.9"], "needs decoding.top_p=1, got 0.9"),
+        (["agrpo", "--model.decoding.temperature=0.9"], "likelihood.temperature is 0.6 and decoding.temperature 0.9"),
+        (["justgrpo", "--model.likelihood.entropy=true"], "entropy draws steps"),
+        (
+            ["tracerl", "--model.decoding.block_length=4", "--model.decoding.prefix_cache=true"],
+            "prefix_cache draws from",
+        ),
+        (["tracerl", "--model.decoding.corrector=3"], "decoding.corrector draws some of them again"),
+        (["egspo", "--model.decoding.steps=4", "--model.updates=8"], "takes 1 steps in each of 8 updates"),
+        (["sepo", "--model.likelihood.draws=17"], "likelihood.draws is 17, but decoding.length"),
+        (["sepo", "--model.objective.ratio.clip=2"], "TruncatedRatio.clip must lie between 0 and 1"),
+        (["trafl", "--model.likelihood.draws=1"], "square=k2_u needs independent mask draws"),
+        (["rtb", "--model.policy.path=bundled:sudoku_causal"], "cannot denoise"),
     ],
 )
 def test_what_does_not_fit_is_one_message_and_nothing_written(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, "--config", str(EXPERIMENTS / "methods" / f"{flags[0]}.yaml"), *flags[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+@EACH
+def test_a_preset_is_the_same_after_other_files(name, tmp_path):
+    """What files before it say of the same settings does not leak into it: the parser hands on arguments that another
+    class has, too."""
+    keys = ("objective", "likelihood")
+    parser = ArgumentParser()
+    parser.add_class_arguments(
+        ESPOModule, "model", skip=set(signature(ESPOModule).parameters) - {*keys}, instantiate=False
+    )
+    parser.add_argument("--config", action="config")
+    files = {}
+    for path in (EXPERIMENTS / "methods" / f"{name}.yaml", EXPERIMENTS / "llada.yaml", EXPERIMENTS / "paper_demo.yaml"):
+        settings = yaml.safe_load(path.read_text())["model"]
+        files[path.stem] = tmp_path / path.name
+        files[path.stem].write_text(yaml.safe_dump({"model": {k: v for k, v in settings.items() if k in keys}}))
+    flags = [f"--config={files[stem]}" for stem in ("llada", "paper_demo", name)]
+    after, alone = (parser.instantiate(parser.parse_args(x)).model for x in (flags, flags[-1:]))
+    assert after == alone
 
 
 def test_defaults_are_the_same_in_python_on_the_command_line_and_in_studies():

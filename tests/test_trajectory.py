@@ -33,6 +33,7 @@ from espo_lightning.lab.exact import (
 )
 from espo_lightning.lab.tabular import TabularPolicy
 from espo_lightning.scoring.score import DRAWS, token_log_probs
+from espo_lightning.training.gradient import loss_parts
 from espo_lightning.training.supervised import SFTModule
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
@@ -318,6 +319,42 @@ def test_many_draws_take_turns_without_a_graph():
     whole = law.log_probs(policy, prompts, ids, masks)
     assert rows[3:] == [60]
     torch.testing.assert_close(turns, whole.detach(), rtol=1e-5, atol=1e-6)
+
+
+def kept_bytes(policy, steps: int, view_by_view: bool) -> int:
+    """The most that one part of an update keeps for its backward pass."""
+    prompts, ids = some_prompts(2), torch.randint(7, 30, (2, 24), generator=rng(9))
+    seen = seen_of(torch.arange(24).expand(2, -1) * steps // 24, passes=steps)
+    law, sizes, storages = Trajectory(), [], {}
+    masks = law.masks(seen.keys, seen)
+    parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # alive, so that no address recurs
+        return tensor
+
+    def log_probs_of(drawn):
+        storages.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            values = law.log_probs(policy, prompts, ids, drawn)
+        if values.requires_grad:
+            sizes.append(sum(storage.nbytes() for storage in storages.values()))
+        return values
+
+    _, parts = loss_parts(log_probs_of, masks, lambda new: ((new * masks.weight).sum(), {}), view_by_view)
+    for part, _ in parts:
+        part.backward()
+    assert len(sizes) == (steps if view_by_view else 1)
+    return max(sizes)
+
+
+def test_view_by_view_an_update_keeps_no_more_for_more_steps():
+    """Its activations are those of one step, which scores fewer tokens where there are more steps."""
+    few, many = (kept_bytes(small_policy(), steps, view_by_view=True) for steps in (4, 24))
+    assert many <= few
+    whole = [kept_bytes(small_policy(), steps, view_by_view=False) for steps in (4, 24)]
+    assert whole[1] > 4 * whole[0]
 
 
 # ---- one hidden position --------------------------------------------------------------------------------------------
