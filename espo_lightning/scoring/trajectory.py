@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder
-from espo_lightning.keys import fold_in, uniform
+from espo_lightning.keys import fold_in, real, uniform
 from espo_lightning.scoring.likelihood import Seen, SeenLikelihood, check_at_least_one
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import log_probs, sampler_log_probs
@@ -37,9 +37,9 @@ def ranks(seen: Seen, merge: int = 1) -> tuple[Tensor, int]:
 
 
 def step_sums(values: Tensor, rank: Tensor, count: int) -> Tensor:
-    """Sums [B, T] over the positions of each step of values [B, L], float64."""
-    sums = torch.zeros(len(rank), count + 1, dtype=torch.float64, device=rank.device)
-    return sums.scatter_add(1, rank % (count + 1), values.double())[:, :count]  # -1 goes last, and is dropped
+    """Sums [B, T] over the positions of each step of values [B, L], in the widest float."""
+    sums = torch.zeros(len(rank), count + 1, dtype=real(rank.device), device=rank.device)
+    return sums.scatter_add(1, rank % (count + 1), values.to(sums.dtype))[:, :count]  # -1 goes last, and is dropped
 
 
 def trace_masks(rank: Tensor, chosen: Tensor, weight: Tensor) -> Masks:
@@ -128,8 +128,8 @@ class Trajectory(TraceLikelihood):
         rank, count = ranks(seen, self.merge)
         if self.draws is None:
             chosen = torch.arange(count, device=rank.device).unsqueeze(-1).expand(-1, len(rank))
-            return trace_masks(rank, chosen, torch.full_like(chosen, count, dtype=torch.float64))
-        present = (step_sums(torch.ones_like(rank), rank, count) > 0).double()
+            return trace_masks(rank, chosen, torch.full_like(chosen, count, dtype=torch.float32))
+        present = (step_sums(torch.ones_like(rank), rank, count) > 0).to(real(rank.device))
         mass = present
         if self.entropy:
             mass = step_sums(seen.trace.entropy, rank, count) + 1e-8 * present  # no step is out of reach
@@ -177,7 +177,7 @@ class HighestEntropy(TraceLikelihood):
         mean = (step_sums(seen.trace.entropy, rank, count) / tokens).masked_fill(tokens == 0, -math.inf)
         first = seen.update * self.draws
         chosen = mean.argsort(dim=-1, descending=True, stable=True)[:, first : first + self.draws].T
-        return trace_masks(rank, chosen, torch.ones_like(chosen, dtype=torch.float64))
+        return trace_masks(rank, chosen, torch.ones_like(chosen, dtype=torch.float32))
 
 
 def check_temperature(temperature: float) -> None:
