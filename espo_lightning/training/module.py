@@ -156,9 +156,13 @@ class ESPOModule(PolicyModule):
 
     def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder, traced: bool = False) -> tuple | Tensor:
         """Completions [B, L] of prompts [B, P] with keys [B], ``traced`` with their `Trace`; as many steps by all."""
-        decode, strategy = decoding.decode if traced else decoding.generate, self.trainer.strategy
+        decode = decoding.decode if traced else decoding.generate
         with gathered(self.policy) if self.gather_rollouts else nullcontext():
-            return decode(self.policy, prompts, keys, lambda more: strategy.reduce_boolean_decision(more, all=False))
+            return decode(self.policy, prompts, keys, self.agree)
+
+    def agree(self, more: bool) -> bool:
+        """Does any process still need a denoising step?"""
+        return self.trainer.strategy.reduce_boolean_decision(more, all=False)
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
