@@ -21,6 +21,7 @@ from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import as_json, load_weights, solve
 from espo_lightning.lab.evaluation_parts import Shards
 from espo_lightning.policies.policy import Policy, fingerprint
+from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Task
 from espo_lightning.tasks.statistics import per_problem, summarise
 from espo_lightning.training.command_line import run
@@ -72,10 +73,8 @@ def evaluate(
     if protocol is not None and decoding != GREEDY:
         raise ValueError(f"protocol={protocol} and decoding contradict each other: drop one of them")
     decoding = decoding if protocol is None else protocol_named(protocol)
-    if min(problems, samples, batch_size) < 1:
-        raise ValueError(
-            f"problems, samples and batch_size must be at least 1, got {problems}, {samples} and {batch_size}"
-        )
+    check_counts(1, problems=problems, samples=samples, batch_size=batch_size)
+    check_counts(0, seed=seed)
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
     task.check_host()

@@ -1,5 +1,6 @@
 """Decoding of causal policies, token by token from the left, with a key-value cache. Everything random is keyed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder
-from espo_lightning.decoding.proposals import sample_tokens, warp
+from espo_lightning.decoding.proposals import greedy_tokens, sample_tokens, warp
 from espo_lightning.keys import uniform
+from espo_lightning.ranges import check_counts
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,8 @@ class AutoregressiveDecoding(Decoder):
     temperature: float = 1.0
 
     def __post_init__(self):
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
-        if self.temperature < 0:
+        check_counts(1, length=self.length)
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
 
     def check(self, policy) -> None:
@@ -71,7 +72,7 @@ def generate_left_to_right(
 
     def draw(logits: Tensor, u: Tensor) -> Tensor:
         if decoding.temperature == 0:
-            return logits.argmax(-1)
+            return greedy_tokens(logits)
         return sample_tokens(warp(logits, decoding.temperature, top_p=1.0), u)
 
     prefix = policy.prefix()

@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
+from espo_lightning.ranges import check_counts
 
 Messages = list[dict[str, str]]
 
@@ -54,6 +55,9 @@ class Policy(nn.Module):
         shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
         causal: whether attention looks backwards only.
         whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
+
+    Raises:
+        ValueError: another shift, or a negative mask_id.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class Policy(nn.Module):
         whole_last_layer: bool = False,
     ):
         super().__init__()
+        check_counts(0, mask_id=mask_id)
+        if shift not in (0, 1):
+            raise ValueError(f"shift must be 0 (hidden state i predicts token i) or 1 (state i-1 does), got {shift}")
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
         last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 
+from espo_lightning.ranges import check_numbers
 from espo_lightning.tasks.base import Problem, Task, Verdict, checked
 
 Verifier = Callable[[str], Verdict]
@@ -86,6 +87,7 @@ class Weighted(Task):
         names = ["task", *map(_name, self.extra)]
         if len(set(names)) < len(names):
             raise ValueError(f"two rewards share a name: {names}")
+        check_numbers("(-inf, inf)", weight=self.weight, **{f"extra.{path}": w for path, w in self.extra.items()})
         for path in self.extra:
             load(path)
 

@@ -29,6 +29,10 @@ class RowTask(Task):
     COLUMNS = ()  # what to keep of the hub's columns; empty: all
     NEEDED = ()  # columns that every row must have
 
+    def __post_init__(self):
+        if not 0 <= self.held_out <= 1:
+            raise ValueError(f"held_out is a share of the rows between 0 and 1, got {self.held_out}")
+
     def rows(self, split: str) -> list[Row]:
         """All rows of a split, in file order, loaded once. Raises ValueError if there are none."""
         if split not in ("train", "test"):

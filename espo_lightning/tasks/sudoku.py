@@ -9,6 +9,7 @@ from math import factorial, prod
 from random import Random
 from typing import Literal
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Problem, Task, Verdict, answer_part, rng
 
 INSTRUCTION = """Solve a 4x4 Sudoku. The puzzle is a string of 16 digits, read row by row; 0 marks an empty cell.
@@ -114,6 +115,7 @@ class Sudoku(Task):
     path: str | None = None
 
     def __post_init__(self):
+        check_counts(0, empty=self.empty)
         if not 1 <= self.empty <= 12:
             raise ValueError(f"empty must be 1..12 (no puzzle with fewer than 4 givens is unique), got {self.empty}")
         if not 0 <= self.right <= 1:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from lightning.pytorch import LightningDataModule
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Problem, Task
 from espo_lightning.tasks.sudoku import Sudoku
 
@@ -65,9 +66,8 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("batches", batches), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(1, batch_size=batch_size, batches=batches, eval_batch_size=eval_batch_size)
+        check_counts(0, eval_problems=eval_problems, seed=seed)
         if eval_problems % eval_batch_size:
             raise ValueError(f"eval_problems {eval_problems} is not a multiple of eval_batch_size {eval_batch_size}")
         self.task, self.batch_size, self.batches, self.seed = task, batch_size, batches, seed
