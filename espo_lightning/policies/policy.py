@@ -18,10 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from espo_lightning.policies.config_keys import positions
 from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
+from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
 from espo_lightning.ranges import check_counts
-
-Messages = list[dict[str, str]]
 
 
 class Prompts(NamedTuple):
@@ -76,6 +76,7 @@ class Policy(nn.Module):
             raise ValueError(f"shift must be 0 (hidden state i predicts token i) or 1 (state i-1 does), got {shift}")
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
+        self.told_unknown = False
         last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
         known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
         self.selective = known and not whole_last_layer
@@ -85,6 +86,11 @@ class Policy(nn.Module):
     @property
     def config(self):
         return self.model.config
+
+    @property
+    def positions(self) -> float:
+        """How many tokens prompt and completion may have together."""
+        return positions(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -100,15 +106,34 @@ class Policy(nn.Module):
         """The transformers model, with ``.model`` (the network) and ``.lm_head``; under peft, the one inside."""
         return self.model.get_base_model() if self.has_adapters else self.model
 
+    def tokens(self, prompts: list[str | Messages]) -> list[list[int]]:
+        """Token ids of chat-templated prompts, each as long as it is. A string is one user turn.
+
+        What a prompt says stays text, see `text`. Once, a prompt that the tokenizer can hardly read is told.
+
+        Raises:
+            ValueError: the template puts a mask token into a prompt.
+        """
+        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        rows = prompt_tokens(self.tokenizer, turns)
+        if masked := [str(prompt)[:60] for prompt, row in zip(prompts, rows) if self.mask_id in row]:
+            raise ValueError(f"the chat template makes the mask token of the prompt that starts {masked[0]!r}")
+        self.told_unknown = self.told_unknown or tell_unknown(self.tokenizer, rows, prompts, "prompt")
+        return rows
+
+    def answer_tokens(self, answers: list[str]) -> list[list[int]]:
+        """Token ids of answers to learn from, none of them special. Once, one with unknown tokens is told."""
+        rows = plain_tokens(self.tokenizer, answers)
+        self.told_unknown = self.told_unknown or tell_unknown(self.tokenizer, rows, answers, "answer", share=0.0)
+        return rows
+
     def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
-        """Chat-templated, left-padded prompts. A string is one user turn.
+        """`tokens`, left-padded to one width.
 
         Raises:
             ValueError: a prompt is longer than ``max_length`` tokens; nothing is ever truncated silently.
         """
-        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = self.tokens(prompts)
         width = max(map(len, rows))
         if max_length is not None and width > max_length:
             worst = max(range(len(rows)), key=lambda i: len(rows[i]))
@@ -167,8 +192,16 @@ class Policy(nn.Module):
 
         Returns:
             What ``reduce`` returns, for all n positions.
+
+        Raises:
+            ValueError: T is more than the positions that the network was made for.
         """
         lm = self.language_model
+        if ids.shape[1] > self.positions:
+            raise ValueError(
+                f"prompt and completion have {ids.shape[1]} tokens together, and config.json says "
+                f"max_position_embeddings={self.positions}: lower max_prompt_length or the length of the canvas"
+            )
         network = {"attention_mask": self._bias(attention), "use_cache": prefix is not None}
         if prefix is not None:
             known, network["past_key_values"] = len(prefix), prefix.cache

@@ -49,6 +49,11 @@ def check_training(
     """Raises ValueError if a policy cannot be trained like this, by RL or supervised, on a canvas of ``length``."""
     check_counts(1, max_prompt_length=max_prompt_length)
     check_counts(0, seed=seed)
+    if length >= policy.positions:
+        raise ValueError(
+            f"a canvas of length {length} leaves no room for a prompt: config.json of the policy says "
+            f"max_position_embeddings={policy.positions}; lower the length"
+        )
     if any(weight.dtype == torch.float16 for weight in policy.parameters()):
         raise ValueError(
             "policy.dtype must be float32 or bfloat16 to train, got float16: gradients are not scaled, so that small "

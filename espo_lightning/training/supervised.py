@@ -23,7 +23,7 @@ def encode_answers(policy: Policy, answers: list[str], length: int) -> Tensor:
     Raises:
         ValueError: an answer has more than ``length`` tokens.
     """
-    rows = [policy.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    rows = policy.answer_tokens(answers)
     longest = max(rows, key=len)
     if len(longest) > length:
         raise ValueError(f"an answer has {len(longest)} tokens, more than length={length}: raise length")
