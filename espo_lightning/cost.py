@@ -12,8 +12,8 @@ from typing import Literal
 
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.lab.costs import BF16, FP32, Hardware, collectives, expected_work, memory, merge_scores, with_total
-from espo_lightning.lab.flops import decoding_passes, flops
-from espo_lightning.lab.network import read_network
+from espo_lightning.lab.flops import Work, decoding_passes, flops
+from espo_lightning.lab.network import Network, read_network
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.ranges import check_counts
@@ -79,52 +79,58 @@ def cost(
         raise ValueError(f"output {output} exists already: name another file, or remove it")
     network, rank, completions = read_network(policy), lora_rank or 0, prompts_per_gpu * group_size
     rollout = decoding_passes(decoding, completions, prompt_length + decoding.length)
-
     options = {"updates": updates, "objective": objective, "micro_batch": micro_batch, "view_by_view": view_by_view}
-    w = expected_work(
-        rollout,
-        likelihood,
-        completions,
-        decoding.length,
-        updates if fresh_masks and likelihood.random else 1,
-        **options,
-    )
-    draws = getattr(likelihood, "draws", 1)
+    sets = updates if fresh_masks and likelihood.random else 1
+    w = expected_work(rollout, likelihood, completions, decoding.length, sets, **options)
     spent = flops(network, w, rank, gradient_checkpointing)
-    paper = 2 * network.parameters * rollout.width * completions
+    nd = 2 * network.parameters * rollout.width * completions / 1e15  # of the papers' formulas
+    draws = getattr(likelihood, "draws", 1)
+    formulas = {
+        "paper, 2ND(T + 6 mu M)": nd * (decoding.steps + 6 * updates * draws),
+        "2ND(T + 10 mu M)": nd * (decoding.steps + 10 * updates * draws),
+    }
     columns = []
     for n in gpus:
         shared = {"shards": shards or n, "rank": rank, "gather_rollouts": gather_rollouts}
         size, seconds = collectives(network, w, hardware, gpus=n, updates=updates, **shared)
         stored = BF16 if dtype == "bfloat16" else FP32
         held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, **shared)
-        speed = hardware.tflops * 1e12 * hardware.utilisation
-        times = {"computing": {phase: n / speed for phase, n in spent.items()}, "collectives": seconds}
-        columns.append(
-            {
-                "completions per rollout": {"": n * completions},
-                "PFLOP per GPU": with_total(spent, 1e15)
-                | {
-                    "paper, 2ND(T + 6 mu M)": paper * (decoding.steps + 6 * updates * draws) / 1e15,
-                    "2ND(T + 10 mu M)": paper * (decoding.steps + 10 * updates * draws) / 1e15,
-                },
-                "GB received per GPU": with_total(size, 1e9),
-                "seconds": {
-                    f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()
-                },
-                "FLOP per byte": {
-                    "of weights, in the rollout": spent["rollout"] / (BF16 * network.parameters * w.rollout.calls),
-                    "received, in the rollout": spent["rollout"] / size["rollout"] if size["rollout"] else None,
-                    "received, in the updates": spent["updates"] / size["updates"] if size["updates"] else None,
-                },
-                "GB of memory per GPU": {part: n / 1e9 for part, n in held.items()},
-            }
-        )
+        whole = column(network, w, spent, size, seconds, hardware)
+        whole["PFLOP per GPU"] |= formulas
+        memories = {"GB of memory per GPU": {part: b / 1e9 for part, b in held.items()}}
+        columns.append({"completions per rollout": {"": n * completions}} | whole | memories)
     table = {group: {row: [c[group][row] for c in columns] for row in rows} for group, rows in columns[0].items()}
     result = {"network": asdict(network), "parameters": network.parameters, "gpus": list(gpus), "table": table}
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def column(
+    network: Network,
+    w: Work,
+    spent: dict[str, float],
+    size: dict[str, float],
+    seconds: dict[str, float],
+    hardware: Hardware,
+) -> dict[str, dict[str, float | None]]:
+    """FLOPs, bytes and seconds of one number of GPUs: group -> row -> value.
+
+    Args:
+        spent: FLOPs of every phase. size, seconds: what a GPU receives in every phase, and how long that takes.
+    """
+    speed = hardware.tflops * 1e12 * hardware.utilisation
+    times = {"computing": {phase: n / speed for phase, n in spent.items()}, "collectives": seconds}
+    return {
+        "PFLOP per GPU": with_total(spent, 1e15),
+        "GB received per GPU": with_total(size, 1e9),
+        "seconds": {f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()},
+        "FLOP per byte": {
+            "of weights, in the rollout": spent["rollout"] / (BF16 * network.parameters * w.rollout.calls),
+            "received, in the rollout": spent["rollout"] / size["rollout"] if size["rollout"] else None,
+            "received, in the updates": spent["updates"] / size["updates"] if size["updates"] else None,
+        },
+    }
 
 
 def lines(result: dict) -> list[str]:

@@ -12,6 +12,7 @@ from checkpoints import EOS, GOLDEN, MASK, PAD, VOCABULARY, write, write_tokeniz
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from espo_lightning import ESPOModule
 from espo_lightning.decoding.masked import Decoding, generate
 from espo_lightning.export import export, main
 from espo_lightning.policies.files import resolve
@@ -21,6 +22,7 @@ from espo_lightning.policies.policy import Prompts
 from espo_lightning.policies.reference import AdapterOff, FrozenReference, make_reference
 from espo_lightning.scoring.likelihood import ELBO
 from espo_lightning.scoring.score import score
+from espo_lightning.training.strategies import copy_weights
 
 MASKED = ["llada", "llada_gqa_sharded", "llada_tied", "dream", "llama_masked", "qwen3_masked"]
 CAUSAL = ["llama", "qwen2", "qwen3"]
@@ -409,8 +411,8 @@ def test_lora_life(checkpoints, tmp_path, kind):
     assert torch.equal(scores(reference), plain)
     assert torch.equal(scores(policy), trained)
     assert all(p.requires_grad == ("lora_" in n) for n, p in policy.named_parameters())
-    with pytest.raises(ValueError, match="cannot be synced"):
-        reference.sync(policy)
+    with pytest.raises(ValueError, match="reference_sync is not possible with adapters"):
+        ESPOModule(policy, reference_sync=2)
 
     policy.save(tmp_path / "adapter")
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -480,7 +482,7 @@ def test_frozen_reference(checkpoints):
     assert not any(p.requires_grad for p in reference.parameters())
     torch.nn.ModuleList([reference]).train()
     assert not any(module.training for module in reference.modules())
-    reference.sync(policy)
+    copy_weights(reference.policy, policy)
     assert torch.equal(scores(reference), scores(policy))
     perturb(policy, seed=8)
     assert not torch.equal(scores(reference), scores(policy))

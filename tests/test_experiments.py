@@ -25,6 +25,7 @@ TASKS = {  # local rows; None draws its problems
     "code": "acecode.jsonl",
 }
 MACHINES = ("one_gpu", "paper_demo")
+METHODS = sorted(path.stem for path in (EXPERIMENTS / "methods").glob("*.yaml"))
 PARTS = {*MODELS, *MACHINES, *(f"paper_{task}" for task in TASKS)}  # combined; every other file stands alone
 ALONE = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem not in PARTS)
 
@@ -90,8 +91,9 @@ def test_every_model_and_task_runs_one_rollout(model, task, local, tmp_path, mon
     summary = run([model, f"paper_{task}"], local, tmp_path, monkeypatch)
     settings, wanted = summary["settings"], read(model, f"paper_{task}")
     assert (summary["rollouts"], summary["updates"]) == (1, 2)
-    assert settings["model"]["beta"] == wanted["model"]["beta"]
-    assert settings["model"]["clip_range"] == wanted["model"]["clip_range"]
+    objective = settings["model"]["objective"]["init_args"]
+    assert objective["beta"] == wanted["model"]["objective"]["beta"]
+    assert objective["clip_range"] == wanted["model"]["objective"]["clip_range"]
     # parts of one object from several files: the later file changes what it names and nothing else
     assert settings["model"]["optimizer"]["init_args"].items() >= wanted["model"]["optimizer"]["init_args"].items()
     adapters = (tmp_path / "run" / "policy" / "adapter_model.safetensors").exists()
@@ -101,6 +103,17 @@ def test_every_model_and_task_runs_one_rollout(model, task, local, tmp_path, mon
 @pytest.mark.parametrize("names", [["llada", "paper_sudoku", "one_gpu"], ["dream", "paper_countdown", "paper_demo"]])
 def test_the_variants_for_one_gpu_run(names, local, tmp_path, monkeypatch):
     assert run(names, local, tmp_path, monkeypatch)["rollouts"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_with_the_settings_of_the_paper(method, local, tmp_path, monkeypatch):
+    """The method's file comes last, and what it does not name stays as the others have it."""
+    summary = run(["llada", "paper_sudoku", f"methods/{method}"], local, tmp_path, monkeypatch)
+    model, wanted = summary["settings"]["model"], read(f"methods/{method}")["model"]
+    objective = wanted["objective"]
+    name = objective if isinstance(objective, str) else objective["class_path"]
+    assert model["objective"]["class_path"].rpartition(".")[2] == name
+    assert model["max_grad_norm"] == 0.2
 
 
 def test_both_models_have_the_same_settings_but_for_weights_and_decoder():
@@ -128,8 +141,8 @@ def test_the_settings_are_the_published_ones(model, task):
     settings, optimizer = whole["model"], whole["model"]["optimizer"]["init_args"]
     completions = whole["data"]["batch_size"] * settings["group_size"]
     assert (
-        settings["beta"],
-        settings["clip_range"],
+        settings["objective"]["beta"],
+        settings["objective"]["clip_range"],
         optimizer["lr"],
         optimizer["weight_decay"],
         settings["group_size"],
@@ -148,7 +161,8 @@ def test_the_demo_is_the_published_one():
     whole = read("dream", "paper_countdown", "paper_demo")
     settings = whole["model"]
     assert whole["data"]["batch_size"] * settings["group_size"] == 12
-    assert (settings["beta"], settings["clip_range"], settings["decoding"]["steps"]) == (1e-3, 4e-4, 64)
+    objective = settings["objective"]
+    assert (objective["beta"], objective["clip_range"], settings["decoding"]["steps"]) == (1e-3, 4e-4, 64)
     assert settings["likelihood"]["init_args"] == {"draws": 1, "coupled": True}
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from espo_lightning.objectives.advantages import leave_one_out, mean_centred, standardised
+from espo_lightning.objectives.advantages import leave_one_out, mean_centred, softmax_difference, standardised, z_score
 from espo_lightning.objectives.kl import k1, k1_score, k2, k2_u, k3
 from espo_lightning.objectives.policy_gradient import clip_range_of_nats, espo_loss, nats_of_clip_range
 from espo_lightning.objectives.ratios import sequence_ratio, token_ratio
@@ -137,6 +137,24 @@ def test_nats_and_clip_range_are_inverse_and_say_where_the_clip_is(nats, length)
     terms = (rise / length).view(1, 2, 1).expand(1, 2, length)
     _, statistics = espo_loss(terms, old, None, torch.ones(2, dtype=torch.float64), clip_range=clip_range, beta=0.0)
     assert statistics.clip_high.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0, 0.0])
+@pytest.mark.parametrize("change", [100.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ratio_beyond_the_range_of_floats_leaves_loss_and_gradient_finite(dtype, change, advantage):
+    """One token of four moves so far that its ratio overflows: clipped, it has no gradient, and others keep theirs."""
+    old = torch.zeros(1, 1, 4, dtype=dtype)
+    terms = torch.tensor([[[change, 0.0, 0.1, -0.1]]], dtype=dtype, requires_grad=True)
+    settings = {"ref": None, "advantages": torch.tensor([advantage], dtype=dtype), "clip_range": 0.2, "beta": 0.0}
+    loss, statistics = espo_loss(terms, old, ratio=token_ratio, **settings)
+    (grad,) = torch.autograd.grad(loss, terms)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    if advantage * change > 0 or not advantage:
+        assert grad[0, 0, 0] == 0
+    torch.testing.assert_close(grad[0, 0, 1], torch.tensor(-advantage / 4, dtype=dtype))
+    assert statistics.clip_high.item() + statistics.clip_low.item() == 0.25
 
 
 # ---- the whole loss -------------------------------------------------------------------------------------------------
@@ -299,6 +317,28 @@ def test_advantages_by_hand():
     expected[standardised] = [[a / s for a in row] for row, s in zip(expected[mean_centred], scale)]
     for advantage, rows in expected.items():
         torch.testing.assert_close(advantage(rewards), torch.tensor(rows, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [leave_one_out, mean_centred, standardised, z_score, softmax_difference])
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7, 0.0, 1e30])
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_equal_rewards_have_advantages_of_exactly_zero(advantage, reward, group):
+    """The float32 mean of equal rewards may differ from them in the last bit."""
+    rewards = torch.full((3, group), reward)
+    rewards[1, 0] += 1 + abs(reward)
+    advantages = advantage(rewards)
+    assert not advantages[[0, 2]].any()
+    assert advantages[1].all()
+    assert advantages.isfinite().all()
+
+
+def test_other_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(z_score(rewards), torch.tensor([[1.0, -1.0, -1.0, 1.0]], dtype=torch.float64))
+    a, b = math.exp(0.5), math.exp(-0.5)
+    weight = 4 * (a - b) / (2 * a + 2 * b)
+    expected = torch.tensor([[weight, -weight, -weight, weight]], dtype=torch.float64)
+    torch.testing.assert_close(softmax_difference(rewards), expected)
 
 
 @pytest.mark.parametrize("advantage", [leave_one_out, mean_centred, standardised])

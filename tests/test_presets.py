@@ -141,7 +141,7 @@ def test_every_argument_has_an_effect(name, where, argument):
         settings = settings | {"objective": replace(settings["objective"], beta=0.02)}
     changed = settings | {where: replace(settings[where], **{argument: OTHERS[argument]})}
     same = {"micro_batch": None, "max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0)}
-    assert not torch.equal(train(3, **settings, **same)[0], train(3, **changed, **same)[0])
+    assert not torch.equal(train(3, **settings | same)[0], train(3, **changed | same)[0])
 
 
 def test_where_the_penalty_is_applied_and_to_what_has_an_effect():
@@ -276,6 +276,7 @@ def refused(capsys, *flags: str) -> str:
         (["wd1", "--model.reference_sync=2"], "reference_sync has no effect"),
         (["gdpo", "--model.policy.path=bundled:sudoku_causal"], "cannot denoise"),
         (["gdpo", "--model.likelihood=Autoregressive"], "likelihood=Autoregressive scores a token"),
+        (["../sudoku_grpo", "--model.policy.path=bundled:sudoku"], "use Decoding"),
         (["gdpo", "--model.beta=0.1"], "model.beta is now model.objective.beta"),
     ],
 )

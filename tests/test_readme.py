@@ -77,13 +77,30 @@ def test_the_loss_of_the_readme_is_the_loss_of_the_library():
     shown = {"torch": torch}
     exec(code, shown)
     generator = torch.Generator().manual_seed(0)
-    terms, old, ref = torch.randn(3, 2, 5, 7, generator=generator).unbind()
+    new, old, ref, weight = torch.randn(4, 2, 5, 7, generator=generator).unbind()
     advantages = torch.randn(5, generator=generator)
-    for ratio in ("sequence_ratio", "token_ratio"):
-        settings = {"clip_range": 0.1, "beta": 0.3, "ratio": getattr(espo_lightning, ratio)}
-        expected, _ = espo_lightning.espo_loss(terms, old, ref, advantages, **settings)
-        assert torch.equal(shown["espo_loss"](terms, old, ref, advantages, **settings), expected)
-    assert torch.equal(shown["sequence_ratio"](terms, old), espo_lightning.sequence_ratio(terms, old))
+    scores = espo_lightning.Scores(new, old, ref, weight.abs(), torch.full((5,), 7))
+    for ratio in (shown["sequence_ratio"], espo_lightning.sequence_ratio, espo_lightning.token_ratio):
+        own = espo_lightning.sequence_ratio if ratio is shown["sequence_ratio"] else ratio
+        expected, _ = espo_lightning.PolicyGradient(ratio=own, clip_range=0.1, beta=0.3)(scores, advantages, 1)
+        assert torch.equal(shown["losses"](scores, advantages, eps=0.1, beta=0.3, ratio=ratio), expected)
+    terms = scores.terms, scores.weight * old, scores.weight * ref
+    total, _ = espo_lightning.espo_loss(*terms, advantages, clip_range=0.1, beta=0.3)
+    torch.testing.assert_close(total, shown["losses"](scores, advantages, eps=0.1, beta=0.3).mean())
+
+
+def test_the_objective_of_the_readme_is_all_it_takes(tmp_path):
+    (code,) = re.findall(r"```python\n# my_objectives.py\n(.*?)```", README, flags=re.DOTALL)
+    assert len(code.splitlines()) <= 25
+    (tmp_path / "my_objectives.py").write_text(code)
+    (flags,) = re.findall(r"`python -m espo_lightning.fit (--model.objective=my_objectives[^`]*)`", README)
+    command = [sys.executable, "-m", "espo_lightning.fit", *flags.split(), "--run_dir=run", *SMALL]
+    sizes = ["--data.eval_problems=2", "--data.eval_batch_size=2"]
+    done = subprocess.run([*command, *sizes], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    columns = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert "train/log_ratio" in columns
+    assert "train/kl" not in columns
 
 
 def test_files_named_in_the_readme_exist():

@@ -72,6 +72,15 @@ def test_noise_hides_real_tokens_of_the_prompt_with_its_chance(law):
     assert draw(type(law)(**{**vars(law), next(n for n in vars(law) if "noise" in n): 0.0}), seen(9)).prompt is None
 
 
+@pytest.mark.parametrize("law", [MeanField(prompt_noise=0.5), BlockViews(2, 4, noise=0.5)], ids=repr)
+def test_noise_on_a_prompt_does_not_depend_on_the_padding_of_its_batch(law):
+    look = seen(9, keys=50)
+    wider = look._replace(prompt=torch.cat([torch.zeros(50, 3, dtype=torch.bool), look.prompt], 1))
+    narrow, wide = draw(law, look), draw(law, wider)
+    assert torch.equal(narrow.prompt, wide.prompt[..., 3:])
+    assert torch.equal(narrow.hidden, wide.hidden)
+
+
 def test_a_mean_field_without_noise_is_what_it_was():
     masks = MeanField().masks(torch.arange(3), seen(4, keys=3))
     assert masks.hidden.all()

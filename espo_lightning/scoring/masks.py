@@ -190,5 +190,8 @@ def block_view_masks(keys: Tensor, valid: Tensor, prompt: Tensor, draws: int, *,
 
 
 def prompt_noise(keys: Tensor, prompt: Tensor, noise: float) -> Tensor | None:
-    """Each real token of prompts [B, P] hidden with chance ``noise``: keys [M, B] -> bool [M, B, P]; None without."""
-    return (uniform(keys, prompt.shape[1]) < noise) & prompt if noise else None
+    """Each real token of prompts [B, P] hidden with chance ``noise``: keys [M, B] -> bool [M, B, P]; None without.
+
+    Tokens are numbered from the end of the prompt, so that the padding on its left changes nothing.
+    """
+    return (uniform(keys, prompt.shape[1]).flip(-1) < noise) & prompt if noise else None
