@@ -56,6 +56,7 @@ FIXED = {  # of Llama and Qwen: implemented at this value only
     "use_qk_norm": False,
     "use_sliding_window": False,
 }
+DROPPED = ("output_attentions", "output_hidden_states", "return_dict", "torchscript")  # else transformers obeys them
 OWN = ("is_causal", "logits_shift", "mask_token_id")  # this library's
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -82,8 +83,8 @@ def check_keys(raw: dict, honoured: set[str], fixed: dict[str, Any]) -> None:
     unknown = {key: said[key] for key in said.keys() - honoured - fixed.keys() - IGNORED}
     if unknown:
         raise ValueError(
-            f"config.json says {dict(sorted(unknown.items()))}, which nothing here reads: the network may be another one "
-            "than its author's. Remove what is known to change nothing, or set trust_remote_code for its own code"
+            f"config.json says {dict(sorted(unknown.items()))}, which nothing here reads: the network may be another "
+            "one than its author's. Remove what is known to change nothing, or set trust_remote_code for its own code"
         )
 
 
@@ -100,7 +101,7 @@ def check_network(config: Any) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ValueError(
-            f"config.json has the rotary positions {rope}: possible are the types {', '.join(ROPE_TYPES)}, of whole heads"
+            f"config.json has the rotary positions {rope}: possible are {', '.join(ROPE_TYPES)}, of whole heads"
         )
 
 

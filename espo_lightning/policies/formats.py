@@ -14,7 +14,9 @@ of a config.json is honoured, or refused, or known to change nothing: see `confi
 import inspect
 from typing import Any
 
-from espo_lightning.policies.config_keys import FIXED, OWN, check_keys, check_network
+from huggingface_hub.errors import StrictDataclassError
+
+from espo_lightning.policies.config_keys import DROPPED, FIXED, OWN, check_keys, check_network
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 FORMATS = ("llada", "Dream", "dream", *FAMILIES)
@@ -67,7 +69,21 @@ LLADA_DERIVED = {"mlp_ratio", "multi_query_attention", "rope_theta", "vocab_size
 
 
 def make_config(raw: dict) -> Any:
-    """The transformers config of a checkpoint whose config.json is ``raw``."""
+    """The transformers config of a checkpoint whose config.json is ``raw``.
+
+    Raises:
+        ValueError: another network than the formats, a key that is missing, unknown, or of a wrong value.
+    """
+    try:
+        return _config(raw)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}") from error
+    except (TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json has a value of the wrong kind: {reason}") from error
+
+
+def _config(raw: dict) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, Qwen2Config
 
     kind = raw.get("model_type")
@@ -101,7 +117,7 @@ def make_config(raw: dict) -> Any:
     # Qwen2's linear layers of attention have biases in any case, and its heads may be of any size
     more = {"attention_bias": True} if config_class is Qwen2Config else {}
     check_keys(raw, {*fields, *OWN, "rope_theta", "rope_scaling", "head_dim"}, FIXED | more)
-    raw = {key: value for key, value in raw.items() if key not in ("return_dict", "head_dim") or value}
+    raw = {key: value for key, value in raw.items() if key not in DROPPED and (key != "head_dim" or value)}
     if kind in ("Dream", "dream"):
         qwen2 = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
         config = Qwen2Config(**qwen2 | {"is_causal": False, "logits_shift": 1, "original_config": raw})

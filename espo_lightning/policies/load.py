@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from espo_lightning.policies.agreement import mask_token
@@ -147,11 +146,8 @@ def _load_known(folder: Path, raw: dict, dtype: torch.dtype | None, attention: s
 
     try:
         config = make_config(raw)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}") from error
-    except (TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / 'config.json'} has a value that is none: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     config.attention_dropout = 0.0  # eval and train mode are one function
     try:
         with torch.device("meta"):
