@@ -13,7 +13,7 @@ from conftest import Letters, fit, small_module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from espo_lightning import Decoding, LoRA, load_policy, new_policy
+from espo_lightning import Decoding, LoRA, evaluate, load_policy, new_policy
 from espo_lightning import fit as fit_program
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.network import read_network
@@ -218,6 +218,14 @@ def test_harmless_keys_change_no_number(kind, checkpoints, tmp_path):
     assert torch.equal(logits(load_policy(changed)), logits(load_policy(checkpoints / kind)))
 
 
+def test_the_document_says_why_keys_are_harmless():
+    text = " ".join((Path(__file__).parents[1] / "docs" / "bad_input.md").read_text().split())
+    for words in ("names, versions and where code lies", "`bos_token_id` and `pad_token_id`", "the attention kernel"):
+        assert words in text
+    for key in ("alibi", "rope_scaling", "clip_qkv", "max_position_embeddings", "eos_token_id"):
+        assert f"`{key}`" in text
+
+
 @pytest.mark.parametrize("wrong", [{"n_layers": "2"}, {"d_model": 32.5}, {"n_heads": None}, {"rms_norm_eps": "x"}])
 def test_values_of_the_wrong_type_are_one_message(folder, wrong):
     edit(folder / "config.json", **wrong)
@@ -349,6 +357,11 @@ def test_a_canvas_beyond_the_positions_is_refused_before_anything_begins(tmp_pat
         fit_program.main(["--trainer.accelerator=cpu", *flags])
     assert error.value.code == 2
     assert "a canvas of length 1024" in capsys.readouterr().err
+    flags = ["--decoding.length=512", "--decoding.steps=512", f"--output={tmp_path / 'run' / 'o.json'}"]
+    with pytest.raises(SystemExit) as error:
+        evaluate.main(["--policy.path=bundled:sudoku", "--task=Sudoku", *flags])
+    assert error.value.code == 2
+    assert "a canvas of length 512 leaves no room" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

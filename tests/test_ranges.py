@@ -279,6 +279,8 @@ def test_every_optimizer_of_torch_is_tried():
         check_optimizer(partial(torch.optim.SGD, lr=math.inf), {2})
     with pytest.raises(ValueError, match="gradients alone"):
         check_optimizer(torch.optim.LBFGS, {2})
+    with pytest.raises(ValueError, match=r"must make a torch\.optim\.Optimizer, got a list"):
+        check_optimizer(list, {2})
     check_optimizer(torch.optim.Muon, {2})
     with pytest.raises(ValueError, match="2D"):  # norms are vectors
         check_optimizer(torch.optim.Muon, {1, 2})

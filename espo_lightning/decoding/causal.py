@@ -39,6 +39,7 @@ class AutoregressiveDecoding(Decoder):
             raise ValueError(
                 "decoding=AutoregressiveDecoding needs a causal policy, but this one is a diffusion model: use Decoding"
             )
+        policy.check_canvas(self.length)
 
     def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
         return generate_left_to_right(policy, prompts, keys, self, agree)

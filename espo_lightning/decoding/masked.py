@@ -138,6 +138,7 @@ class Decoding(Decoder):
                 "the policy is a causal model, which cannot denoise: use decoding=AutoregressiveDecoding (with "
                 "likelihood=Autoregressive), or make it a diffusion policy by sft (load_policy with denoise: true)"
             )
+        policy.check_canvas(self.length)
 
     def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
         return generate(policy, prompts, keys, self, agree)

@@ -92,6 +92,14 @@ class Policy(nn.Module):
         """How many tokens prompt and completion may have together."""
         return positions(self.config)
 
+    def check_canvas(self, length: int) -> None:
+        """Raise a ValueError if a canvas of ``length`` tokens leaves no room for a prompt."""
+        if length >= self.positions:
+            raise ValueError(
+                f"a canvas of length {length} leaves no room for a prompt: config.json of the policy says "
+                f"max_position_embeddings={self.positions}; lower the length"
+            )
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

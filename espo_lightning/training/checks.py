@@ -49,11 +49,7 @@ def check_training(
     """Raises ValueError if a policy cannot be trained like this, by RL or supervised, on a canvas of ``length``."""
     check_counts(1, max_prompt_length=max_prompt_length)
     check_counts(0, seed=seed)
-    if length >= policy.positions:
-        raise ValueError(
-            f"a canvas of length {length} leaves no room for a prompt: config.json of the policy says "
-            f"max_position_embeddings={policy.positions}; lower the length"
-        )
+    policy.check_canvas(length)
     if any(weight.dtype == torch.float16 for weight in policy.parameters()):
         raise ValueError(
             "policy.dtype must be float32 or bfloat16 to train, got float16: gradients are not scaled, so that small "
@@ -77,6 +73,8 @@ def check_optimizer(make: Callable[[Any], torch.optim.Optimizer], dimensions: It
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"optimizer cannot be made: {error}") from error
     name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer must make a torch.optim.Optimizer, got a {name}")
     try:
         for _ in range(2):  # momentum begins with the second
             for weight in weights:
