@@ -630,7 +630,7 @@ def test_bad_arguments_say_what_is_wrong(checkpoints, tmp_path):
     with pytest.raises(ValueError, match=r"target_modules \['query'\].*choose from.*'q_proj'"):
         load_policy(llada, lora=LoRA(rank=2, target_modules=("q_proj", "query")))
     for bad in ({"rank": 0}, {"alpha": 0}, {"target_modules": ()}):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))} must"):
+        with pytest.raises(ValueError, match="LoRA needs"):
             LoRA(**bad)
     copy = Path(shutil.copytree(checkpoints / "llama_masked", tmp_path / "copy"))
     for shift in (2, "absent"):

@@ -319,7 +319,7 @@ def test_full_mask_is_the_mean_field():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ELBO(smallest_count=2), "smallest_count must be 0"),
+        (lambda: ELBO(smallest_count=2), "smallest must be 0"),
         (lambda: ELBO(smallest_count=1), "coupled=False"),
         (lambda: ELBO(draws=0), "at least 1"),
         (lambda: TimeELBO(low=0.5, high=0.5).draw(keys_of(0, 1), 4), "low < high"),

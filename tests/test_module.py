@@ -288,8 +288,8 @@ def test_clip_in_nats_equals_the_same_clip_in_the_papers_unit(trained):
     ("settings", "message"),
     [
         ({"group_size": 1}, "group_size must be at least 2"),
-        ({"updates": 0}, "updates must be at least 1, got 0"),
-        ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
+        ({"updates": 0}, "updates and micro_batch must be at least 1"),
+        ({"micro_batch": 0}, "updates and micro_batch must be at least 1"),
         ({"clip_range": None}, "give clip_range or clip_nats"),
         ({"clip_range": -0.1}, "clip_range must be 0 or positive"),
         ({"clip_nats": math.nan}, "clip_nats must be 0 or positive"),

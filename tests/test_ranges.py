@@ -298,7 +298,7 @@ def test_every_optimizer_of_torch_is_tried():
         (["--seed=-1"], "seed must be at least 0, got -1"),
         (["--model.objective.clip_range=-0.1"], "clip_range must be 0 or positive"),
         (["--data.task=HumanEval", "--data.task.timeout=-1"], "timeout must lie in (0, inf), got -1.0"),
-        (["--model.policy.lora.rank=0"], "rank must be at least 1, got 0"),
+        (["--model.policy.lora.rank=0"], "LoRA needs rank >= 1"),
     ],
 )
 def test_the_program_ends_with_one_message_and_nothing_is_written(flags, message, tmp_path, capsys):

@@ -27,7 +27,7 @@ from espo_lightning.decoding.orders import low_confidence, perturb, random_order
 from espo_lightning.decoding.proposals import greedy_tokens, sample_tokens, warp
 from espo_lightning.decoding.schedules import Step, commit, even_schedule
 from espo_lightning.keys import fold_in, uniform
-from espo_lightning.ranges import check_counts
+from espo_lightning.ranges import check_whole
 
 # ---- proposals ------------------------------------------------------------------------------------------------------
 
@@ -85,9 +85,9 @@ class Decoding(Decoder):
     prefix_cache: bool = False
 
     def __post_init__(self):
-        check_counts(1, length=self.length, block_length=self.block_length, steps=self.steps)
-        if self.length % self.block_length:
-            raise ValueError(f"length {self.length} is not a multiple of block_length {self.block_length}")
+        check_whole(length=self.length, block_length=self.block_length, steps=self.steps)
+        if min(self.length, self.block_length) < 1 or self.length % self.block_length:
+            raise ValueError(f"length {self.length} is not a multiple of block_length {self.block_length}, from 1 up")
         blocks = self.blocks
         if self.steps % blocks or not blocks <= self.steps <= self.length:
             raise ValueError(

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from espo_lightning.ranges import check_counts, check_numbers
+from espo_lightning.ranges import check_counts, check_whole
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,10 @@ class LoRA:
     seed: int = 0
 
     def __post_init__(self):
-        check_counts(1, rank=self.rank)
+        check_whole(rank=self.rank)
         check_counts(0, seed=self.seed)
-        check_numbers("(0, inf)", alpha=self.alpha)
-        if not self.target_modules:
-            raise ValueError(f"target_modules must name at least one linear layer, got {self.target_modules}")
+        if self.rank < 1 or not 0 < self.alpha < math.inf or not self.target_modules:
+            raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and at least one target module, got {self}")
 
 
 def add_adapter(model: nn.Module, lora: LoRA) -> nn.Module:

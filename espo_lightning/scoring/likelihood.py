@@ -131,7 +131,7 @@ class ELBO(Likelihood):
         check_counts(1, draws=self.draws)
         if self.smallest_count not in (0, 1):
             raise ValueError(
-                f"smallest_count must be 0 (the authors' code) or 1 (the paper's Eq. 3), got {self.smallest_count}"
+                f"smallest_count: smallest must be 0 (authors' code) or 1 (paper, Eq. 3), got {self.smallest_count}"
             )
         self.draw(torch.zeros(1, dtype=torch.int64), 1)  # contradictory settings fail here, not in the first rollout
 

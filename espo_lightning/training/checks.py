@@ -9,7 +9,7 @@ from torch import nn
 from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.policies.policy import Policy
-from espo_lightning.ranges import check_counts
+from espo_lightning.ranges import check_counts, check_whole
 from espo_lightning.scoring.likelihood import Likelihood
 
 
@@ -24,8 +24,12 @@ def check_settings(
     reference_sync: int | None,
 ) -> None:
     """Raises ValueError if the arguments of `ESPOModule` that these are do not fit together."""
-    check_counts(2, group_size=group_size)  # an advantage compares completions
-    check_counts(1, updates=updates, micro_batch=micro_batch, reference_sync=reference_sync)
+    check_whole(group_size=group_size, updates=updates, micro_batch=micro_batch)
+    check_counts(1, reference_sync=reference_sync)
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2: an advantage compares completions; got {group_size}")
+    if updates < 1 or (micro_batch is not None and micro_batch < 1):
+        raise ValueError(f"updates and micro_batch must be at least 1, got {updates} and {micro_batch}")
     if objective.groups and micro_batch is not None and micro_batch % group_size:
         raise ValueError(
             f"micro_batch must be a multiple of group_size {group_size}, as {type(objective).__name__} weighs the "
