@@ -35,10 +35,9 @@ and gradients equal the official code's to 1e-12 (`tests/test_methods.py`), with
 
 Names are those of functions and classes of `espo_lightning`; `total` is a likelihood's own score. "counts" says how
 much a completion weighs in the mean. Arguments that have their default are not shown. "forwards" are those of a
-completion
-and rollout, a backward pass counted as two, split up below. What is official, and what differs here, stands in the
-section of each method. The causal controls, GRPO and GSPO with exact likelihoods, are `experiments/sudoku_grpo.yaml`
-and `sudoku_gspo.yaml`.
+completion and rollout, a backward pass counted as two, split up below. What is official, and what differs here, stands
+in the section of each method. The causal controls, GRPO and GSPO with exact likelihoods, are
+`experiments/sudoku_grpo.yaml` and `sudoku_gspo.yaml`.
 
 ## What a rollout costs
 
