@@ -103,6 +103,14 @@ def schedule(make: Callable, **settings: int) -> Any:
     return make(**{"tokens": 4, "steps": 2, **settings})
 
 
+def trl(prompts, completions) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+def row_length(row, text) -> dict[str, float]:
+    return {"reward": float(len(text))}
+
+
 # what makes one (with settings that are fine, but for those that the test changes), and the range of each number
 NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     ESPOModule: (
@@ -172,9 +180,15 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
         ),
         {"weight": Real("(-inf, inf)"), "extra": Real("(-inf, inf)")},
     ),
-    Rows: (partial(Rows, verifier=len), {"held_out": SHARE}),
-    GSM8K: (GSM8K, {"held_out": SHARE}),
-    MATH: (MATH, {"held_out": SHARE}),
+    tasks.TRLReward: (
+        lambda extra=0.1, **weight: tasks.TRLReward(
+            trl, extra={"espo_lightning.tasks.rewards.brevity": extra}, **weight
+        ),
+        {"weight": Real("(-inf, inf)"), "extra": Real("(-inf, inf)")},
+    ),
+    Rows: (partial(Rows, verifier=row_length), {"held_out": SHARE}),
+    GSM8K: (GSM8K, {"held_out": SHARE, "copied": SHARE}),
+    MATH: (MATH, {"held_out": SHARE, "copied": SHARE}),
     tasks.HumanEval: (tasks.HumanEval, CODE),
     tasks.MBPP: (tasks.MBPP, CODE),
     tasks.AceCode: (tasks.AceCode, CODE),

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from espo_lightning.ranges import check_counts, check_numbers
 from espo_lightning.tasks.base import Messages, Problem, Verdict
 from espo_lightning.tasks.checks import asserts, needed_names, split_tests, trusted_setup
+from espo_lightning.tasks.files import Line, Row, checked_lines
 from espo_lightning.tasks.programs import assemble, bare_code, extract_code
-from espo_lightning.tasks.rows import Row, RowTask
+from espo_lightning.tasks.rows import RowTask
 from espo_lightning.tasks.sandbox import run as sandbox
 
 SYSTEM = (
@@ -104,8 +105,8 @@ class CodeTask(RowTask):
     def check_host(self) -> None:
         sandbox.choose_backend(self.allow_unsafe)
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        question, answer, test = self.parts(self.row(split, seed, index))
+    def problem_of(self, row: Row) -> Problem:
+        question, answer, test = self.parts(row)
         prompt: Messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         options = {key: getattr(self, key) for key in ("format_gate", "timeout", "memory_mb", "allow_unsafe")}
         return Problem(prompt, partial(judge, **test, **options), f"```python\n{answer}\n```" if answer else "")
@@ -147,7 +148,8 @@ class HumanEval(CodeTask):
 class MBPP(CodeTask):
     """MBPP and MBPP+: a sentence and assertions. Arguments: `RowTask`, `CodeTask`."""
 
-    NEEDED = ("code", "test_list")
+    NEEDED = ("code", "test_list", "text|prompt")
+    LISTS = ("test_list",)
     HUB = MappingProxyType({split: ("google-research-datasets/mbpp", "full", split) for split in ("train", "test")})
 
     def parts(self, row: Row) -> tuple[str, str, dict]:
@@ -172,13 +174,12 @@ class AceCode(CodeTask):
 
     HUB = MappingProxyType({"train": ("TIGER-Lab/AceCode-87K", None, "train")})
     NEEDED = COLUMNS = ("question", "test_cases")  # the recorded completions beside them are 5 GB
+    LISTS = ("test_cases",)
 
-    def _load(self, split: str) -> list[Row]:
-        rows = super()._load(split if self.path else "train")
-        if self.path is None:
-            cut = len(rows) - round(len(rows) * self.held_out)
-            rows = rows[:cut] if split == "train" else rows[cut:]
-        return [row for row in rows if any(map(asserts, row["test_cases"]))]
+    def _load(self, split: str) -> list[Line]:
+        lines = super()._load(split if self.path else "train")
+        lines = checked_lines(lines if self.path else self._held_out(split, lines), self.check_row)
+        return [line for line in lines if line.row is None or any(map(asserts, line.row["test_cases"]))]
 
     def parts(self, row: Row) -> tuple[str, str, dict]:
         tests = tuple(filter(asserts, row["test_cases"]))

@@ -25,8 +25,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from espo_lightning.ranges import check_numbers
 from espo_lightning.tasks.answers import TEXT_LIMIT, boxed, boxes, copies, locate
 from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
+from espo_lightning.tasks.files import Row
 from espo_lightning.tasks.grammar import read
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
 from espo_lightning.tasks.notation import form
@@ -221,6 +223,10 @@ class MathTask(RowTask):
 
     copied: float = 1.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers("[0, 1]", copied=self.copied)
+
     def check_host(self) -> None:
         """Raises VerifierUnavailable where math-verify cannot be started."""
         _workers().compare("x+x", "2x")
@@ -233,11 +239,13 @@ class GSM8K(MathTask):
     NEEDED = ("question", "answer")
     HUB = MappingProxyType({split: ("openai/gsm8k", "main", split) for split in ("train", "test")})
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        row = self.row(split, seed, index)
-        reasoning, marker, gold = str(row["answer"]).rpartition("####")
-        if not (marker and gold.strip()):
-            raise ValueError(f"GSM8K row without an answer behind ####: {str(row['question'])[:80]!r}")
+    def check_row(self, row: Row) -> None:
+        super().check_row(row)
+        if not row["answer"].rpartition("####")[2].strip() or "####" not in row["answer"]:
+            raise ValueError(f"has an 'answer' without a number after '####': {row['answer'][-60:]!r}")
+
+    def problem_of(self, row: Row) -> Problem:
+        reasoning, _, gold = str(row["answer"]).rpartition("####")
         gold = gold.strip().replace(",", "")
         answer = re.sub(r"<<[^<>]*>>", "", reasoning).strip() + f"\n\\boxed{{{gold}}}"  # without calculator marks
         question = str(row["question"])
@@ -257,11 +265,19 @@ class MATH(MathTask):
         {"train": ("ankner/math-500", None, "train"), "test": ("HuggingFaceH4/MATH-500", None, "test")}
     )
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        row = self.row(split, seed, index)
-        question, solution, gold = str(row["problem"]), str(row["solution"]), row.get("answer")
-        gold = boxed(solution) if gold is None or gold == "" else str(gold)
-        if not gold:
-            raise ValueError(f"MATH row without answer or box: {question[:80]!r}")
-        verify = partial(verify_math, gold=gold, question=question, copied=self.copied)
+    def check_row(self, row: Row) -> None:
+        super().check_row(row)
+        if not self.gold(row):
+            raise ValueError(f"has no 'answer', and no box in its 'solution': {row['solution'][-60:]!r}")
+
+    def gold(self, row: Row) -> str:
+        """The row's answer, which may be a number, or else what its solution boxes; or ""."""
+        answer = row.get("answer")
+        if answer is not None and str(answer).strip():
+            return str(answer)
+        return (boxed(row["solution"]) or "").strip()
+
+    def problem_of(self, row: Row) -> Problem:
+        question, solution = str(row["problem"]), str(row["solution"])
+        verify = partial(verify_math, gold=self.gold(row), question=question, copied=self.copied)
         return Problem(f"{question}\n{INSTRUCTION}", verify, solution)

@@ -9,7 +9,7 @@ from torch import nn
 from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.policies.policy import Policy
-from espo_lightning.ranges import check_counts, check_whole
+from espo_lightning.ranges import check_counts, check_numbers, check_whole
 from espo_lightning.scoring.likelihood import Likelihood
 
 
@@ -45,6 +45,12 @@ def check_settings(
     objective.check(likelihood)
     if decoding.temperature == 0:
         raise ValueError("decoding.temperature is 0: the completions of a group would all be equal; set it above 0")
+
+
+def check_updates(warmup: int, max_grad_norm: float | None, max_skipped: int) -> None:
+    """Raises ValueError for a number of `ESPOModule` that is out of range; a negative norm would reverse a gradient."""
+    check_counts(0, warmup=warmup, max_skipped=max_skipped)
+    check_numbers("(0, inf]", max_grad_norm=max_grad_norm)
 
 
 def check_training(

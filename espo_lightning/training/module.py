@@ -17,14 +17,13 @@ from espo_lightning.objectives.objective import Objective, Scores
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.policy import Policy, Prompts
 from espo_lightning.policies.reference import make_reference
-from espo_lightning.ranges import check_counts, check_numbers
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, Seen
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
-from espo_lightning.tasks.statistics import summarise
+from espo_lightning.tasks.statistics import cluster_of, summarise
 from espo_lightning.training.checkpoints import PolicyModule
-from espo_lightning.training.checks import check_settings, check_training
+from espo_lightning.training.checks import check_settings, check_training, check_updates
 from espo_lightning.training.gradient import Loss, loss_parts, mean_loss
 from espo_lightning.training.metrics import Share, rollout_row, update_shares
 from espo_lightning.training.nonfinite import accepted, check_rewards, naming, watched
@@ -98,8 +97,7 @@ class ESPOModule(PolicyModule):
     ):
         super().__init__()
         check_settings(policy, decoding, likelihood, objective, group_size, updates, micro_batch, reference_sync)
-        check_counts(0, warmup=warmup, max_skipped=max_skipped)
-        check_numbers("(0, inf]", max_grad_norm=max_grad_norm)
+        check_updates(warmup, max_grad_norm, max_skipped)
         check_training(policy, optimizer, decoding.length, max_prompt_length, seed)
         self.automatic_optimization = False
         self.policy, self.decoding, self.likelihood, self.objective = policy, decoding, likelihood, objective
@@ -117,7 +115,7 @@ class ESPOModule(PolicyModule):
         self.max_prompt_length, self.seed = max_prompt_length, seed
         self.rollouts = 0  # finished rollouts; with the seed, the whole state of the randomness
         self.last_rollout: Rollout | None = None  # for callbacks
-        self.verdicts: list[Verdict] = []  # of the validation in progress
+        self.verdicts: list[tuple[Verdict, str]] = []  # of the validation in progress, with their clusters
 
     def configure_model(self) -> None:
         """Shard policy and reference, if the strategy wants that. Lightning calls it before fits and validations."""
@@ -167,7 +165,8 @@ class ESPOModule(PolicyModule):
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
         texts = self.policy.decode(completion)
-        verdicts = judge_all([p for p in problems for _ in range(self.group_size)], texts)
+        each = [problem for problem in problems for _ in range(self.group_size)]
+        verdicts = judge_all(each, texts, must_work=self.rollouts == 0)
         rewards = torch.tensor([v["reward"] for v in verdicts], device=completion.device).view(-1, self.group_size)
         equal = equal_groups(rewards)
         advantages = self.advantage(rewards).masked_fill(equal.unsqueeze(-1), 0.0).flatten()
@@ -276,10 +275,12 @@ class ESPOModule(PolicyModule):
         first = len(self.verdicts) * self.trainer.world_size  # of those before, whatever the sizes of their batches
         keys = fold_in(EVALUATE, first + self.global_index(len(problems)))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
-        self.verdicts += judge_all(problems, texts)
+        clusters = [cluster_of(problem.prompt, problem.cluster) for problem in problems]
+        self.verdicts += zip(judge_all(problems, texts), clusters)
 
     def on_validation_epoch_end(self) -> None:
-        self.summary = summarise([v for part in gather(self.verdicts) for v in part])
+        pairs = [pair for part in gather(self.verdicts) for pair in part]
+        self.summary = summarise([verdict for verdict, _ in pairs], [cluster for _, cluster in pairs])
         metrics = {f"val/{key}": self.summary[key] for key in self.summary["ci95"]}
         self.log_dict({**metrics, "rollout": float(self.rollouts)}, sync_dist=True)  # they are equal already
 

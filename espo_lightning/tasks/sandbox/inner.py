@@ -143,6 +143,15 @@ def harness_main(job: dict, peer: Peer, report) -> None:
         report(stopped=stage, error=f"{type(error).__name__}: {error}"[:300])
 
 
+def read_job(fd: int, size: int) -> bytes:
+    job = bytearray()
+    while len(job) < size:
+        if not (part := os.read(fd, size - len(job))):
+            os._exit(0)  # the owner is gone
+        job += part
+    return bytes(job)
+
+
 def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds: float, memory_mb: int) -> None:
     """Isolate this process, fork the program, then be the harness. Never returns."""
     required = {"stdlib": LAYERS, "bwrap": (seccomp,), "unsafe": ()}[mode]  # bwrap has made namespaces and a view
@@ -193,11 +202,7 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
         for fd in (from_harness[0], to_program[1]):
             os.close(fd)
         deadline = time.monotonic() + seconds
-        job = bytearray()
-        while len(job) < size:
-            if not (part := os.read(job_fd, size - len(job))):
-                os._exit(0)  # the owner is gone
-            job += part
+        job = read_job(job_fd, size)
         layer(seccomp)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
