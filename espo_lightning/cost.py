@@ -81,10 +81,10 @@ def cost(
     rollout = decoding_passes(decoding, completions, prompt_length + decoding.length)
     options = {"updates": updates, "objective": objective, "micro_batch": micro_batch, "view_by_view": view_by_view}
     sets = updates if fresh_masks and likelihood.random else 1
-    w = expected_work(rollout, likelihood, completions, decoding.length, sets, **options)
+    w = expected_work(rollout, likelihood, completions, decoding, sets, **options)
     spent = flops(network, w, rank, gradient_checkpointing)
     nd = 2 * network.parameters * rollout.width * completions / 1e15  # of the papers' formulas
-    draws = getattr(likelihood, "draws", 1)
+    draws = getattr(likelihood, "draws", 1) or decoding.passes
     formulas = {
         "paper, 2ND(T + 6 mu M)": nd * (decoding.steps + 6 * updates * draws),
         "2ND(T + 10 mu M)": nd * (decoding.steps + 10 * updates * draws),

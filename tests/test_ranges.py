@@ -148,6 +148,7 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
             "top_p": Real("(0, 1]"),
             "order_temperature": Real("[0, inf)"),
             "threshold": Real("(0, 1)"),
+            "corrector": NONE,
         },
     ),
     AutoregressiveDecoding: (AutoregressiveDecoding, {"length": ONE, "temperature": Real("[0, inf)")}),
@@ -163,8 +164,24 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     BlockViews: (BlockViews, {"draws": ONE, "block": ONE, "noise": CHANCE}),
     PolicyGradient: (
         PolicyGradient,
-        {"clip_range": Real("[0, inf]"), "clip_nats": Real("[0, inf]"), "beta": Real("[0, inf)")},
+        {
+            "clip_range": Real("[0, inf]"),
+            "clip_nats": Real("[0, inf]"),
+            "clip_high": Real("[0, inf]"),
+            "beta": Real("[0, inf)"),
+        },
     ),
+    espo_lightning.Balance: (
+        espo_lightning.Balance,
+        {"temperature": POSITIVE, "clip_range": Real("[0, inf]"), "beta": Real("[0, inf)")},
+    ),
+    espo_lightning.TruncatedRatio: (espo_lightning.TruncatedRatio, {"clip": Real("(0, 1)")}),
+    espo_lightning.Trajectory: (
+        espo_lightning.Trajectory,
+        {"draws": ONE, "merge": ONE, "temperature": POSITIVE},
+    ),
+    espo_lightning.HighestEntropy: (espo_lightning.HighestEntropy, {"draws": ONE, "temperature": POSITIVE}),
+    espo_lightning.OneMasked: (espo_lightning.OneMasked, {"draws": ONE}),
     espo_loss: (loss, {"clip_range": Real("[0, inf]"), "beta": Real("[0, inf)")}),
     SelfNormalised: (SelfNormalised, {"cap": Real("(0, inf]")}),
     Sandwich: (Sandwich, {"beta": POSITIVE, "mix": SHARE}),
@@ -212,6 +229,8 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
 EXEMPT = {
     FSDP: "Lightning's own arguments",
     FSDP2: "Lightning's own arguments",
+    RowTask: "abstract; its tasks stand above",
+    espo_lightning.truncated_ratio: "TruncatedRatio holds its number",
 }
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.keys import fold_in
 from espo_lightning.ranges import check_counts
 from espo_lightning.scoring.masks import (
@@ -31,6 +32,8 @@ class Seen(NamedTuple):
 
     valid: bool [B, L], up to and including the first end-of-text token. prompt: bool [B, P], real tokens of the prompt.
     keys: int64 [B], the same for all updates of a rollout. update, updates: number of this update, and of all.
+    trace: how they were decoded, for the laws that ask (``traced``), and None for others. passes: the most steps that
+    their decoder takes, so that all processes have equally many views; None = as many as the trace has.
     """
 
     valid: Tensor
@@ -38,6 +41,8 @@ class Seen(NamedTuple):
     keys: Tensor
     update: int = 0
     updates: int = 1
+    trace: Trace | None = None
+    passes: int | None = None
 
     @classmethod
     def whole(cls, keys: Tensor, length: int) -> "Seen":
@@ -46,27 +51,41 @@ class Seen(NamedTuple):
         return cls(valid, valid[:, :0], keys)
 
     @classmethod
-    def of(cls, policy, prompts, completion: Tensor, keys: Tensor, updates: int = 1) -> "Seen":
+    def of(
+        cls,
+        policy,
+        prompts,
+        completion: Tensor,
+        keys: Tensor,
+        updates: int = 1,
+        trace: Trace | None = None,
+        passes: int | None = None,
+    ) -> "Seen":
         """Completions [B, L] of a `Policy` after `Prompts`, before the first update."""
         position = torch.arange(completion.shape[1], device=completion.device)
         valid = position <= policy.lengths(completion).unsqueeze(-1)  # with the end-of-text token, if there is one
         real = torch.ones_like(prompts.ids, dtype=torch.bool) if prompts.mask is None else prompts.mask
-        return cls(valid, real, keys, updates=updates)
+        return cls(valid, real, keys, 0, updates, trace, passes)
 
     def of_rows(self, rows: Tensor) -> "Seen":
         """The same of some completions."""
-        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows])
+        trace = None if self.trace is None else self.trace.of_rows(rows)
+        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows], trace=trace)
 
 
 class Likelihood(ABC):
     """A mask law, and how completions are scored on its masks; that of a diffusion policy unless overridden.
 
     independent_draws: M if the draws of one completion are independent (`k2_u` asks), else 1.
-    random: whether another key gives other masks; if not, new masks for every update would all be the same.
+    random: whether masks differ from update to update; if not, new masks for every update would all be the same.
+    traced: whether the masks depend on the trace of the decoder, which then must be noted.
+    exact: whether the score is, without noise, the log-likelihood of a completion given the order it was decoded in.
     """
 
     independent_draws: int = 1
     random: bool = True
+    traced: bool = False
+    exact: bool = False
 
     def check(self, policy, length: int, updates: int = 1) -> None:
         """Raise a ValueError if the policy cannot be scored this way.
@@ -81,6 +100,9 @@ class Likelihood(ABC):
                 "likelihood=Autoregressive (with decoding=AutoregressiveDecoding), or make it a diffusion policy by "
                 "sft (load_policy with denoise: true)"
             )
+
+    def check_decoding(self, decoding: Decoder, updates: int = 1) -> None:  # noqa: B027
+        """Raise a ValueError if completions that were decoded this way cannot be scored; called after `check`."""
 
     @abstractmethod
     def draw(self, keys: Tensor, length: int) -> Masks:
@@ -120,12 +142,15 @@ class ELBO(Likelihood):
         stratified: spread the counts of the draws of one completion evenly. Excludes ``k2_u``.
         smallest_count: hidden positions uniform on 0..L (0, the authors' code) or 1..L (1, the paper's Eq. 3;
             needs ``coupled: false``). Same mean.
+        weighted: false = every scored position counts alike, 1, or 1/2 if coupled: not an ELBO (GDSD,
+            arXiv:2605.29398).
     """
 
     draws: int = 1
     coupled: bool = True
     stratified: bool = False
     smallest_count: int = 0
+    weighted: bool = True
 
     def __post_init__(self):
         check_counts(1, draws=self.draws)
@@ -140,9 +165,12 @@ class ELBO(Likelihood):
         return 1 if self.stratified else self.draws
 
     def draw(self, keys: Tensor, length: int) -> Masks:
-        return count_masks(
+        masks = count_masks(
             keys, length, self.draws, coupled=self.coupled, stratified=self.stratified, smallest=self.smallest_count
         )
+        if self.weighted:
+            return masks
+        return masks._replace(weight=(masks.weight != 0) * (0.5 if self.coupled else 1.0))
 
 
 @dataclass(frozen=True)
@@ -233,6 +261,7 @@ class Autoregressive(Likelihood):
     """
 
     random = False
+    exact = True
 
     def check(self, policy, length: int, updates: int = 1) -> None:
         if policy.mask_id is not None:

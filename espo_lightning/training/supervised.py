@@ -63,6 +63,11 @@ class SFTModule(PolicyModule):
         check_numbers("[0, 1]", warmup=warmup)
         likelihood.check(policy, length)
         check_training(policy, optimizer, length, max_prompt_length, seed)
+        if likelihood.traced:
+            raise ValueError(
+                f"likelihood={type(likelihood).__name__} scores along the trace of a decoder, and examples were not "
+                "decoded: use ELBO, or another likelihood that draws its masks"
+            )
         self.policy, self.length, self.likelihood = policy, length, likelihood
         self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
         self.batches = 0  # trained on; with the seed, the whole state of the randomness
