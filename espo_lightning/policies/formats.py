@@ -7,10 +7,16 @@
     llama, qwen2, qwen3    otherwise   the same class, causal attention   none         1
 
 Masked models get ``is_causal`` False, ``mask_token_id`` and ``logits_shift`` in their config, so that what is saved
-opens as what it was, here and in transformers. LLaDA's and Dream's own config is kept in ``original_config``.
+opens as what it was, here and in transformers. LLaDA's and Dream's own config is kept in ``original_config``. Every key
+of a config.json is honoured, or refused, or known to change nothing: see `config_keys`.
 """
 
+import inspect
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from espo_lightning.policies.config_keys import DROPPED, FIXED, OWN, check_keys, check_network
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 FORMATS = ("llada", "Dream", "dream", *FAMILIES)
@@ -53,12 +59,32 @@ LLADA_FIXED = {  # what makes LLaDA a Llama; where a config says otherwise, it i
     "include_qkv_bias": False,
     "input_emb_norm": False,
     "scale_logits": False,
+    "layer_norm_with_affine": True,
+    "rope_full_precision": True,
+    "block_group_size": 1,
+    "embedding_layer_norm": False,
+    "clip_qkv": None,
 }
+LLADA_DERIVED = {"mlp_ratio", "multi_query_attention", "rope_theta", "vocab_size"}
 
 
 def make_config(raw: dict) -> Any:
-    """The transformers config of a checkpoint whose config.json is ``raw``."""
-    from transformers import AutoConfig, LlamaConfig, Qwen2Config
+    """The transformers config of a checkpoint whose config.json is ``raw``.
+
+    Raises:
+        ValueError: another network than the formats, a key that is missing, unknown, or of a wrong value.
+    """
+    try:
+        return _config(raw)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}") from error
+    except (TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json has a value of the wrong kind: {reason}") from error
+
+
+def _config(raw: dict) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, Qwen2Config
 
     kind = raw.get("model_type")
     if kind not in FORMATS:
@@ -67,9 +93,10 @@ def make_config(raw: dict) -> Any:
             "or set trust_remote_code to run the checkpoint's own code"
         )
     if kind == "llada":
-        odd = {key: raw[key] for key, value in LLADA_FIXED.items() if raw.get(key, value) not in (value, None)}
-        if odd:
-            raise ValueError(f"this LLaDA is no Llama and cannot be read as one: {odd} in config.json")
+        tied = (
+            {"tie_word_embeddings": raw["weight_tying"]} if "weight_tying" in raw else {}
+        )  # transformers adds its own
+        check_keys(raw, LLADA_CONFIG.keys() | LLADA_DERIVED, LLADA_FIXED | tied)
         derived = {
             "n_kv_heads": 1 if raw.get("multi_query_attention") else raw["n_heads"],
             "mlp_hidden_size": int(raw.get("mlp_ratio", 4) * raw["d_model"]),
@@ -85,15 +112,25 @@ def make_config(raw: dict) -> Any:
             logits_shift=0,
             original_config=raw,
         )
+    config_class = Qwen2Config if kind in ("Dream", "dream") else CONFIG_MAPPING[kind]
+    fields = inspect.signature(config_class).parameters.keys() - FIXED.keys()
+    # Qwen2's linear layers of attention have biases in any case, and its heads may be of any size
+    more = {"attention_bias": True} if config_class is Qwen2Config else {}
+    check_keys(raw, {*fields, *OWN, "rope_theta", "rope_scaling", "head_dim"}, FIXED | more)
+    raw = {key: value for key, value in raw.items() if key not in DROPPED and (key != "head_dim" or value)}
     if kind in ("Dream", "dream"):
         qwen2 = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
-        return Qwen2Config(**qwen2 | {"is_causal": False, "logits_shift": 1, "original_config": raw})
+        config = Qwen2Config(**qwen2 | {"is_causal": False, "logits_shift": 1, "original_config": raw})
+        check_network(config)
+        return config
     if raw.get("is_causal") is False and raw.get("logits_shift") not in (0, 1):
         raise ValueError(
             "config.json has is_causal: false, so logits_shift must be 0 (hidden state i predicts token i) "
             f"or 1 (hidden state i-1 does), got {raw.get('logits_shift')!r}"
         )
-    return AutoConfig.for_model(**raw)
+    config = AutoConfig.for_model(**raw)
+    check_network(config)
+    return config
 
 
 def llada_names(config: Any) -> dict[str, str]:

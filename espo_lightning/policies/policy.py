@@ -18,9 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from espo_lightning.policies.config_keys import positions
 from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
-
-Messages = list[dict[str, str]]
+from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
+from espo_lightning.ranges import check_counts
 
 
 class Prompts(NamedTuple):
@@ -60,6 +61,9 @@ class Policy(nn.Module):
         shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
         causal: whether attention looks backwards only.
         whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
+
+    Raises:
+        ValueError: another shift, or a negative mask_id.
     """
 
     def __init__(
@@ -73,8 +77,12 @@ class Policy(nn.Module):
         whole_last_layer: bool = False,
     ):
         super().__init__()
+        check_counts(0, mask_id=mask_id)
+        if shift not in (0, 1):
+            raise ValueError(f"shift must be 0 (hidden state i predicts token i) or 1 (state i-1 does), got {shift}")
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
+        self.told_unknown = False
         last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
         known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
         self.selective = known and not whole_last_layer
@@ -84,6 +92,19 @@ class Policy(nn.Module):
     @property
     def config(self):
         return self.model.config
+
+    @property
+    def positions(self) -> float:
+        """How many tokens prompt and completion may have together."""
+        return positions(self.config)
+
+    def check_canvas(self, length: int) -> None:
+        """Raise a ValueError if a canvas of ``length`` tokens leaves no room for a prompt."""
+        if length >= self.positions:
+            raise ValueError(
+                f"a canvas of length {length} leaves no room for a prompt: config.json of the policy says "
+                f"max_position_embeddings={self.positions}; lower the length"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -100,10 +121,25 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     def tokens(self, prompts: list[str | Messages]) -> list[list[int]]:
-        """Token ids of chat-templated prompts, each as long as it is. A string is one user turn."""
+        """Token ids of chat-templated prompts, each as long as it is. A string is one user turn.
+
+        What a prompt says stays text, see `text`. Once, a prompt that the tokenizer can hardly read is told.
+
+        Raises:
+            ValueError: the template puts a mask token into a prompt.
+        """
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = prompt_tokens(self.tokenizer, turns)
+        if masked := [str(prompt)[:60] for prompt, row in zip(prompts, rows) if self.mask_id in row]:
+            raise ValueError(f"the chat template makes the mask token of the prompt that starts {masked[0]!r}")
+        self.told_unknown = self.told_unknown or tell_unknown(self.tokenizer, rows, prompts, "prompt")
+        return rows
+
+    def answer_tokens(self, answers: list[str]) -> list[list[int]]:
+        """Token ids of answers to learn from, none of them special. Once, one with unknown tokens is told."""
+        rows = plain_tokens(self.tokenizer, answers)
+        self.told_unknown = self.told_unknown or tell_unknown(self.tokenizer, rows, answers, "answer", share=0.0)
+        return rows
 
     def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
         """`tokens`, left-padded to one width.
@@ -170,8 +206,16 @@ class Policy(nn.Module):
 
         Returns:
             What ``reduce`` returns, for all n positions.
+
+        Raises:
+            ValueError: T is more than the positions that the network was made for.
         """
         lm = self.language_model
+        if ids.shape[1] > self.positions:
+            raise ValueError(
+                f"prompt and completion have {ids.shape[1]} tokens together, and config.json says "
+                f"max_position_embeddings={self.positions}: lower max_prompt_length or the length of the canvas"
+            )
         network = {"attention_mask": self._bias(attention), "use_cache": prefix is not None}
         if prefix is not None:
             known, network["past_key_values"] = len(prefix), prefix.cache
