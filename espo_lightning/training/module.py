@@ -27,7 +27,7 @@ from espo_lightning.training.checks import check_settings, check_training, check
 from espo_lightning.training.gradient import Loss, loss_parts, mean_loss
 from espo_lightning.training.metrics import Share, rollout_row, update_shares
 from espo_lightning.training.nonfinite import accepted, check_rewards, naming, watched
-from espo_lightning.training.rollout import Rollout, chunks, rows_of_groups
+from espo_lightning.training.rollout import Rollout, chunks, trained_rows
 from espo_lightning.training.strategies import check, clip_grad_norm, copy_weights, gather, gathered, shard, unreduced
 
 # purposes of random keys, folded into the seed
@@ -176,7 +176,9 @@ class ESPOModule(PolicyModule):
         equal = equal_groups(rewards)
         advantages = self.advantage(rewards).masked_fill(equal.unsqueeze(-1), 0.0).flatten()
         check_rewards(verdicts, rewards, advantages)
-        rows, counted, idle = self.rows_with_gradient(equal)
+        needed = ~equal if self.skip_equal_groups and self.objective.idle else torch.ones_like(equal)
+        most = int(self.trainer.strategy.reduce(needed.sum(), reduce_op="max"))
+        rows, counted = trained_rows(needed, most, self.group_size)
 
         keys = fold_in(keys, MASK)
         seen = Seen.of(self.policy, prompts, completion, keys, self.updates, self.trace, self.decoding.passes)
@@ -192,25 +194,9 @@ class ESPOModule(PolicyModule):
             old[1:] = [self.score(self.policy, *batch, m) for m in masks[1:]]
         if self.objective.reference:
             ref = [self.score(self.reference, *batch, m) for m in masks]
-        trained = {"advantages": advantages[rows], "count": count[rows], "counted": counted, "idle": idle}
+        trained = {"advantages": advantages[rows], "count": count[rows], "counted": counted, "idle": most == 0}
         done = {"rewards": rewards, "decoded": completion, "texts": texts, "verdicts": verdicts}
         return Rollout(*batch, length[rows], masks, old, ref, **trained, **done)
-
-    def rows_with_gradient(self, equal: Tensor) -> tuple[Tensor, int, bool]:
-        """Which completions to train on, how many of them have a gradient (these come first), and whether none has.
-
-        Whole groups, as many on every process as on the one that needs most, so that collectives match, and at least
-        one, so that the optimizer always takes its step. The surplus has advantage 0.
-
-        Args:
-            equal: bool [Q], groups whose rewards are all the same.
-        """
-        needed = torch.ones_like(equal)
-        if self.skip_equal_groups and self.objective.idle:
-            needed = ~equal
-        most = int(self.trainer.strategy.reduce(needed.sum(), reduce_op="max"))
-        groups = needed.int().argsort(descending=True, stable=True)[: max(most, 1)]
-        return rows_of_groups(groups, self.group_size), int(needed.sum()) * self.group_size, most == 0
 
     @torch.no_grad()
     def score(self, policy, prompts: Prompts, completion: Tensor, masks: Masks) -> Tensor:
