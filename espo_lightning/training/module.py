@@ -272,7 +272,7 @@ class ESPOModule(PolicyModule):
     def validation_step(self, problems: list[Problem], batch_idx: int) -> None:
         """Greedy completions of held-out problems, each with a key of its own, for orders that are drawn."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
-        first = batch_idx * self.trainer.world_size * len(problems)
+        first = self.trainer.world_size * len(self.verdicts)  # the last batch may be smaller
         keys = fold_in(EVALUATE, first + self.global_index(len(problems)))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
         clusters = [cluster_of(problem.prompt, problem.cluster) for problem in problems]
@@ -287,7 +287,7 @@ class ESPOModule(PolicyModule):
     def configure_optimizers(self):
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, self.warmup)))
-        return [optimizer], [schedule]
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Randomness is keyed, so two counters are all that resume needs beside Lightning's own state."""
