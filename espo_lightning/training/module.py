@@ -144,8 +144,7 @@ class ESPOModule(PolicyModule):
     def complete(self, problems: list[Problem]) -> tuple[Prompts, Tensor, Tensor]:
         """G completions per problem: prompts [B, P], token ids [B, L] and the completions' keys [B]."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length).repeat_each(self.group_size)
-        index = self.global_index(len(prompts.ids))
-        keys = fold_in(fold_in(self.seed, self.rollouts).to(index.device), index)
+        keys = fold_in(fold_in(self.seed, self.rollouts).to(self.policy.device), self.global_index(len(prompts.ids)))
         decoded = self.generate(prompts, fold_in(keys, DECODE), self.decoding, self.likelihood.traced)
         completion, self.trace = decoded if self.likelihood.traced else (decoded, None)
         return prompts, completion, keys
@@ -156,9 +155,10 @@ class ESPOModule(PolicyModule):
 
     def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder, traced: bool = False) -> tuple | Tensor:
         """Completions [B, L] of prompts [B, P] with keys [B], ``traced`` with their `Trace`; as many steps by all."""
-        decode, strategy = decoding.decode if traced else decoding.generate, self.trainer.strategy
         with gathered(self.policy) if self.gather_rollouts else nullcontext():
-            return decode(self.policy, prompts, keys, lambda more: strategy.reduce_boolean_decision(more, all=False))
+            return (decoding.decode if traced else decoding.generate)(
+                self.policy, prompts, keys, lambda more: self.trainer.strategy.reduce_boolean_decision(more, all=False)
+            )
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
