@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espo_lightning import BlockViews, LoRA, OneMasked, PolicyGradient, PromptDataModule, left_to_right, sequence_ratio
+from espo_lightning import BlockViews, LoRA, OneMasked, PolicyGradient, PromptDataModule, sequence_ratio
 from espo_lightning.lab.methods import Method, read_method
 from espo_lightning.policies.load import _checkpoint_layers
 from espo_lightning.policies.lora import add_adapter
@@ -81,7 +81,6 @@ def small_method(method: Method) -> dict:
     settings = {"objective": method.objective, "advantage": method.advantage, "likelihood": likelihood}
     if likelihood.traced:  # whose temperature and order belong together
         settings["decoding"] = replace(method.decoding, length=4, block_length=4, steps=4)
-    if method.decoding.order is left_to_right:
         settings["seed"] = 5  # with others, no completion of the first rollouts has a reward
     # a step at which no loss diverges, where roundings would grow
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.05)}
