@@ -99,7 +99,7 @@ def test_no_problem_counts_twice(capitals, tmp_path, monkeypatch, capsys):
     assert len({json.dumps(sample["prompt"]) for sample in result["samples"]}) == 3
     small = ["--data.batches=1", "--data.batch_size=1", "--model.group_size=2", "--trainer.accelerator=cpu"]
     with pytest.warns(UserWarning, match="data.eval_problems 256: Rows has 3 test problems, all are taken"):
-        fit.main([*ROWS.replace("TASK", "--data.task").split(), "--data.task.held_out=0.75", "--run_dir=run", *small])
+        fit.main([*ROWS.replace("TASK", "data.task").split(), "--data.task.held_out=0.75", "--run_dir=run", *small])
     assert json.loads(Path("run/summary.json").read_text())["after"]["n"] == 3
 
 
@@ -108,7 +108,7 @@ def test_no_problem_counts_twice(capitals, tmp_path, monkeypatch, capsys):
 )
 def test_of_few_rows_either_split_has_one(tmp_path, rows, held_out, test):
     (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n' * rows)
-    task = Rows(path=str(tmp_path / "few.jsonl"), held_out=held_out, verifier="test_rows.capital")
+    task = Rows(path=str(tmp_path / "few.jsonl"), held_out=held_out, verifier=capital)
     assert task.size("test") == test
     assert task.size("train") == rows - test
 
