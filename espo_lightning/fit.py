@@ -27,12 +27,12 @@ class FitCLI(TrainingCLI):
         return ("train", "test") if self.datamodule.eval_problems else ("train",)
 
     def check(self, trainer) -> None:
+        super().check(trainer)
         task, asked = self.datamodule.task, self.datamodule.eval_problems
         task.check_host()
         if asked and (size := task.size("test")) is not None and asked > size:  # none counts twice
             self.datamodule.eval_problems = size - size % trainer.world_size
             rank_zero_warn(f"data.eval_problems {asked}: {type(task).__name__} has {size} test problems, all are taken")
-        super().check(trainer)
 
     def extra_callbacks(self) -> list[Callback]:
         return [SampleLog(self.run_dir / "samples.jsonl")]

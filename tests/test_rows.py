@@ -66,7 +66,7 @@ WEIGHTED = "--TASK=Weighted --TASK.task=Countdown --TASK.extra="
     [
         (ROWS.replace("capitals", "nowhere"), "path nowhere.jsonl of Rows cannot be read: No such file"),
         (ROWS.replace("test_rows.capital", "test_rows.nothing"), "no attribute 'nothing'"),
-        ("--TASK=GSM8K --TASK.path=capitals.jsonl", "line 1, has no 'question', which GSM8K needs, only 'prompt'"),
+        ("--TASK=GSM8K --TASK.path=capitals.jsonl", "has no 'question', which GSM8K needs, only 'prompt'"),
         ("--TASK=MATH", "No hub. Set path of MATH to a JSONL file with the columns problem, solution instead"),
         (WEIGHTED + '{"test_rows.nothing":1}', "'test_rows.nothing' is no import path of a verifier"),
         (WEIGHTED + '{"a.b":1,"c.b":2}', "two rewards share a name"),
@@ -103,9 +103,7 @@ def test_no_problem_counts_twice(capitals, tmp_path, monkeypatch, capsys):
     assert json.loads(Path("run/summary.json").read_text())["after"]["n"] == 3
 
 
-@pytest.mark.parametrize(
-    ("rows", "held_out", "test"), [(4, 0.1, 1), (4, 0.9, 3), (4, 0.0, 0), (4, 1.0, 4), (1, 0.1, 0)]
-)
+@pytest.mark.parametrize(("rows", "held_out", "test"), [(4, 0.1, 1), (4, 0.9, 3), (2, 0.01, 1), (2, 0.99, 1)])
 def test_of_few_rows_either_split_has_one(tmp_path, rows, held_out, test):
     (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n' * rows)
     task = Rows(path=str(tmp_path / "few.jsonl"), held_out=held_out, verifier=capital)
