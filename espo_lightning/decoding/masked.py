@@ -136,6 +136,19 @@ class Decoding(Decoder):
                 "the policy is a causal model, which cannot denoise: use decoding=AutoregressiveDecoding (with "
                 "likelihood=Autoregressive), or make it a diffusion policy by sft (load_policy with denoise: true)"
             )
+        layout = getattr(policy, "layout", None)
+        if layout is None or layout.block is None:
+            return
+        if self.prefix_cache:
+            raise ValueError(
+                f"prefix_cache is superfluous: the policy has {layout}, whose keys and values of finished blocks are "
+                f"exact: use BlockDecoding with block_length {layout.block}, and drop prefix_cache"
+            )
+        if layout.splits(self.length):
+            raise ValueError(
+                f"the policy has {layout}, and decoding=Decoding is for policies whose canvas is one block: use "
+                f"BlockDecoding with block_length {layout.block}"
+            )
 
     def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
         return generate(policy, prompts, keys, self, agree)
@@ -149,6 +162,21 @@ class Decoding(Decoder):
     def data_dependent(self) -> bool:
         """Whether the number of forward passes depends on what is decoded; `generate`'s ``agree`` is for these."""
         return self.threshold is not None or self.early_stop
+
+
+def _proposer(decoding: Decoding, mask_token: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """(logits [n, V], uniforms [n] twice) -> tokens [n] and their priorities."""
+
+    def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, ...]:
+        logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
+        warped = warp(logits, decoding.temperature, decoding.top_p)
+        tokens = sample_tokens(warped, u_token) if decoding.temperature else warped.argmax(-1)
+        priority = decoding.order(logits, warped, tokens, u_order)
+        if decoding.order_temperature:
+            priority = perturb(priority, decoding.order_temperature, u_order)
+        return tokens, priority
+
+    return propose
 
 
 @torch.no_grad()
@@ -175,17 +203,10 @@ def generate(
     """
     width, length = prompts.ids.shape[1], decoding.length
     canvas = F.pad(prompts.ids, (0, length), value=policy.mask_id)
-    attention, mask_token = prompts.attention(length), canvas.new_tensor(policy.mask_id)
+    attention, mask_token = prompts.seen_by(policy, length), canvas.new_tensor(policy.mask_id)
     everyone, plan = torch.arange(len(canvas), device=canvas.device), decoding.plan
 
-    def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
-        warped = warp(logits, decoding.temperature, decoding.top_p)
-        tokens = sample_tokens(warped, u_token) if decoding.temperature else warped.argmax(-1)
-        priority = decoding.order(logits, warped, tokens, u_order)
-        if decoding.order_temperature:
-            priority = perturb(priority, decoding.order_temperature, u_order)
-        return tokens, priority
+    propose = _proposer(decoding, mask_token)
 
     for block in range(decoding.blocks):
         first = block * decoding.block_length

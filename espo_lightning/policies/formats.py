@@ -3,17 +3,31 @@
     model_type             is_causal   read as                            mask token   shift
     llada                  any         Llama, full attention              yes          0
     Dream                  any         Qwen2, full attention              yes          1
-    llama, qwen2, qwen3    false       the same class, full attention     yes          its ``logits_shift``
+    sdar                   any         Qwen3, block-causal attention      yes          0
+    a2d-llama, -qwen2, -3  any         Llama, Qwen2, Qwen3, either        yes          0
+    llama, qwen2, qwen3    false       the same class, either             yes          its ``logits_shift``
     llama, qwen2, qwen3    otherwise   the same class, causal attention   none         1
 
 Masked models get ``is_causal`` False, ``mask_token_id`` and ``logits_shift`` in their config, so that what is saved
-opens as what it was, here and in transformers. LLaDA's and Dream's own config is kept in ``original_config``.
+opens as what it was, here and in transformers. The own config of LLaDA, Dream, SDAR (TraDo's too) and Tiny-A2D is kept
+in ``original_config``.
+
+Block-causal attention is what ``block_size`` (tokens) and ``block_origin`` (``global``, the default, or ``response``)
+say; no ``block_size`` is full attention, which for SDAR is an error. See `Layout`. Tiny-A2D's mdlm and bd3lm have one
+config, which does not say which of them it is: `load_policy` with ``block`` opens a bd3lm.
 """
 
 from typing import Any
 
+from espo_lightning.policies.layout import FULL, Layout
+
 FAMILIES = ("llama", "qwen2", "qwen3")
-FORMATS = ("llada", "Dream", "dream", *FAMILIES)
+BLOCKS = {"sdar": "qwen3", "a2d-llama": "llama", "a2d-qwen2": "qwen2", "a2d-qwen3": "qwen3"}  # and whose tensors
+FORMATS = ("llada", "Dream", "dream", *BLOCKS, *FAMILIES)
+UNSUPPORTED = {
+    "llada2_moe": "LLaDA2, a mixture of experts",
+    "Fast_dLLM_Qwen": "Fast-dLLM v2, whose logits are shifted across blocks",
+}
 
 LLADA_BLOCK = {  # parameters of a block: LLaDA's name -> Llama's
     "attn_norm": "input_layernorm",
@@ -61,6 +75,11 @@ def make_config(raw: dict) -> Any:
     from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
     kind = raw.get("model_type")
+    if kind in UNSUPPORTED:
+        raise ValueError(
+            f"model_type {kind} is {UNSUPPORTED[kind]}: not supported, with or without its own code; "
+            "docs/block_policies.md says what it would need. Block-causal checkpoints of SDAR, TraDo and Tiny-A2D are"
+        )
     if kind not in FORMATS:
         raise ValueError(
             f"unknown model_type {kind!r} in config.json: expected one of {', '.join(FORMATS)}; "
@@ -88,12 +107,52 @@ def make_config(raw: dict) -> Any:
     if kind in ("Dream", "dream"):
         qwen2 = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
         return Qwen2Config(**qwen2 | {"is_causal": False, "logits_shift": 1, "original_config": raw})
+    if kind in BLOCKS:
+        return block_config(raw)
     if raw.get("is_causal") is False and raw.get("logits_shift") not in (0, 1):
         raise ValueError(
             "config.json has is_causal: false, so logits_shift must be 0 (hidden state i predicts token i) "
             f"or 1 (hidden state i-1 does), got {raw.get('logits_shift')!r}"
         )
     return AutoConfig.for_model(**raw)
+
+
+def block_config(raw: dict) -> Any:
+    """The config of SDAR, TraDo or Tiny-A2D, whose tensors have the names of the family that it was made of."""
+    from transformers import AutoConfig
+
+    family = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
+    ours = {"is_causal": False, "logits_shift": 0, "original_config": raw}
+    return AutoConfig.for_model(BLOCKS[raw["model_type"]], **family | ours)
+
+
+def layout_of(config: Any) -> Layout:
+    """Who attends to whom in the network of a transformers config.
+
+    Raises:
+        ValueError: an SDAR without ``block_size``, or what `Layout` raises.
+    """
+    if getattr(config, "is_causal", True) is not False:
+        return Layout(causal=True)
+    block = getattr(config, "block_size", None)
+    if block is None:
+        if (getattr(config, "original_config", None) or {}).get("model_type") == "sdar":
+            raise ValueError(
+                "config.json of this SDAR does not say how many tokens a block has: set block_size in it, or block in "
+                "load_policy (4 in the first releases of SDAR and TraDo; later ones have it in their name)"
+            )
+        return FULL
+    return Layout(block, getattr(config, "block_origin", None) or "global")
+
+
+def layout_keys(layout: Layout) -> dict:
+    """What `layout_of` reads a layout from, but for ``is_causal``."""
+    return {} if layout.block is None else {"block_size": layout.block, "block_origin": layout.origin}
+
+
+def original_config(config: Any) -> dict | None:
+    """The config.json that a checkpoint came with, if its format is not one of transformers' own."""
+    return getattr(config, "original_config", None)
 
 
 def llada_names(config: Any) -> dict[str, str]:

@@ -5,13 +5,15 @@ What a checkpoint is, is read from its config.json (see `formats`) and its token
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from espo_lightning.policies.files import read_json, read_tensors, resolve
-from espo_lightning.policies.formats import FORMATS, llada_names, make_config
-from espo_lightning.policies.from_causal import make_denoising
+from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_keys, layout_of, llada_names, make_config
+from espo_lightning.policies.from_causal import make_denoising, set_blocks
+from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.lora import LoRA, add_adapter, load_adapter
 from espo_lightning.policies.policy import Policy
 
@@ -27,6 +29,8 @@ def load_policy(
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
     denoise: bool = False,
+    block: int | None = None,
+    origin: Literal["global", "response"] = "global",
 ) -> Policy:
     """Load a policy. Memory peaks at one copy of the weights and one tensor.
 
@@ -44,6 +48,9 @@ def load_policy(
         trust_remote_code: run the checkpoint's own code where its model_type is unknown. It must be laid out like Llama
             (``.model``, ``.lm_head``) and attend in both directions; its shift is ``logits_shift``, else 0.
         denoise: turn a causal checkpoint into a diffusion policy, for `sft` to train, see `make_denoising`.
+        block: give a policy with full attention, or with ``denoise`` a causal one, block-causal attention with blocks
+            of so many tokens, for `sft` to train; or say what the config does not (SDAR, Tiny-A2D's bd3lm).
+        origin: where these blocks are counted from, see `Layout`.
 
     Raises:
         FileNotFoundError: no such folder, config or shard.
@@ -61,17 +68,22 @@ def load_policy(
         if lora is not None:
             raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
         base = base_of(folder)
-        policy = load_policy(base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+        policy = load_policy(
+            base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code, block=block, origin=origin
+        )
         policy.model = load_adapter(policy.model, folder, base)
     else:
         raw = read_json(folder, "config.json")
         tokenizer = _load_tokenizer(folder, trust_remote_code)
-        load = _load_remote if trust_remote_code and raw.get("model_type") not in FORMATS else _load_known
+        known = raw.get("model_type") in (*FORMATS, *UNSUPPORTED)
+        load = _load_remote if trust_remote_code and not known else _load_known
         model = load(folder, raw, DTYPES[dtype], attention)
         local = folder == Path(path).expanduser()
         model.config._name_or_path = model.name_or_path = str(folder.resolve() if local else path)  # peft notes it
         if denoise:
-            make_denoising(model, tokenizer)
+            make_denoising(model, tokenizer, shift=int(block is None))
+        if block is not None:
+            set_blocks(model.config, Layout(block, origin))
         policy = _make_policy(model, tokenizer, folder)
         if lora is not None:
             policy.model = add_adapter(model, lora)
@@ -109,7 +121,8 @@ def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
             f"tokenizer and weights of {folder} do not belong together: token id {largest}, "
             f"but the embedding has {vocabulary} rows"
         )
-    return Policy(model, tokenizer, mask_id=mask_id, shift=1 if causal else config.logits_shift, causal=causal)
+    shift = 1 if causal else config.logits_shift
+    return Policy(model, tokenizer, mask_id=mask_id, shift=shift, causal=causal, layout=layout_of(config))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from espo_lightning.policies.layout import CAUSAL, FULL, Layout
 from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
 
 Messages = list[dict[str, str]]
@@ -32,6 +33,11 @@ class Prompts(NamedTuple):
     def attention(self, length: int) -> Tensor | None:
         """Key mask of prompt and canvas, bool [B, P + length], or None where nothing is padded."""
         return None if self.mask is None else F.pad(self.mask, (0, length), value=True)
+
+    def seen_by(self, policy, length: int) -> Tensor | None:
+        """Who attends to whom in prompt and canvas, as the policy's layout says; a callable without one has full
+        attention. See `Layout.attention`."""
+        return getattr(policy, "layout", FULL).attention(self, length)
 
     def of(self, rows: slice | Tensor) -> "Prompts":
         """Some of the rows."""
@@ -53,7 +59,11 @@ class Policy(nn.Module):
         mask_id: the mask token; None for causal models.
         shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
         causal: whether attention looks backwards only.
+        layout: who attends to whom, if not `FULL` or, for causal models, `CAUSAL`.
         whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
+
+    Raises:
+        ValueError: blocks with a shift, or in a network whose attention cannot be told who sees whom.
     """
 
     def __init__(
@@ -64,16 +74,37 @@ class Policy(nn.Module):
         mask_id: int | None,
         shift: int = 0,
         causal: bool = False,
+        layout: Layout | None = None,
         whole_last_layer: bool = False,
     ):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
+        self.layout = layout or (CAUSAL if causal else FULL)
+        self._check_layout()
         last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
         known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
         self.selective = known and not whole_last_layer
         if self.selective:
             last.forward = MethodType(selective_layer, last)
+
+    def _check_layout(self) -> None:
+        if self.causal != self.layout.causal:
+            raise ValueError(f"a policy with causal={self.causal} cannot have {self.layout}")
+        if self.layout.block is None:
+            return
+        if self.shift:
+            raise ValueError(
+                f"{self.layout} needs logits_shift 0: with a shift, the first token of a block is predicted by the "
+                "last state of the block before, which never sees the block"
+            )
+        if self.attention_kernel not in ("sdpa", "eager"):
+            raise ValueError(f"{self.layout} needs attention sdpa or eager, got {self.attention_kernel}")
+
+    @property
+    def attention_kernel(self) -> str:
+        """Transformers' name of how attention is computed: sdpa, eager, flash_attention_2, ..."""
+        return self.config._attn_implementation
 
     @property
     def config(self):
@@ -145,27 +176,42 @@ class Policy(nn.Module):
         reduce: Callable[..., Any],
         *columns: Tensor,
         prefix: "Prefix | None" = None,
+        positions: Tensor | None = None,
     ) -> Any:
         """Run the network and the head on the selected positions only.
 
         Args:
             ids: int64 [N, T].
-            attention: bool [N, T], True = attend to this key; None = to all.
+            attention: bool [N, T], True = attend to this key; None = to all. bool [N, T, T], row i = whom position i
+                attends to, which a block-causal policy always needs; see `Prompts.seen_by`. With a prefix, the rows
+                of what it knows may be left out.
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
                 first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
             prefix: what `Policy.prefix` made: what it knows of ``ids`` is not computed again.
+            positions: int64 [N, T], the places of the tokens; None = 0, 1, .. T - 1.
 
         Returns:
             What ``reduce`` returns, for all n positions.
+
+        Raises:
+            ValueError: a block-causal policy was not told who attends to whom.
         """
-        lm = self.language_model
-        network = {"attention_mask": self._bias(attention), "use_cache": prefix is not None}
+        if self.layout.block is not None and (attention is None or attention.ndim == 2):
+            raise ValueError(f"this policy has {self.layout}: pass attention=prompts.seen_by(policy, length)")
+        lm, network = self.language_model, {"use_cache": prefix is not None}
+        if positions is not None:
+            network["position_ids"] = positions
         if prefix is not None:
             known, network["past_key_values"] = len(prefix), prefix.cache
             ids, select = ids[:, known:], select[:, known:]
+            if positions is not None:
+                network["position_ids"] = positions[:, known:]
+            if attention is not None and attention.ndim == 3:
+                attention = attention[:, -ids.shape[1] :]
+        network["attention_mask"] = self._bias(attention)
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
         rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
@@ -200,17 +246,17 @@ class Policy(nn.Module):
         self.language_model.model.compile(backend=backend, dynamic=True)
 
     def _bias(self, attention: Tensor | None) -> Tensor | None:
-        """The 4D additive mask [N, 1, 1, T], the one form that SDPA and eager attention both read as a full mask.
+        """The 4D additive mask [N, 1, 1 or T, T], the one form that SDPA and eager attention both read as it is.
 
         None means full attention, because ``config.is_causal`` is False. Causal models and other kernels (flash, flex)
         get the plain 2D mask.
         """
-        if attention is None or self.causal or self.config._attn_implementation not in ("sdpa", "eager"):
+        if attention is None or self.causal or self.attention_kernel not in ("sdpa", "eager"):
             return attention
         dtype = self.model.dtype
-        return torch.zeros(attention.shape, dtype=dtype, device=attention.device).masked_fill_(
-            ~attention, torch.finfo(dtype).min
-        )[:, None, None, :]
+        bias = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
+        bias = bias.masked_fill_(~attention, torch.finfo(dtype).min)
+        return bias[:, None] if bias.ndim == 3 else bias[:, None, None, :]
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft.

@@ -41,12 +41,19 @@ class Prefix:
             yield
         finally:
             network.train(training)
-        if self.width is None:
+        if self.width is None or self.width == len(self):
             return
         if self.width:
             self.cache.crop(self.width - len(self))
         else:  # a cache without positions would still insist on its rows
             self.cache = DynamicCache()
+
+    def of(self, rows: Tensor) -> "Prefix":
+        """Some of the rows, an index that may repeat them, as a store of its own. Gradients flow through it."""
+        known = Prefix(self.width)
+        for number, layer in enumerate(self.cache.layers):
+            known.cache.update(layer.keys[rows], layer.values[rows], number)
+        return known
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, an index."""

@@ -38,7 +38,7 @@ def log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
         noise = masks.prompt.flatten(0, 1)[used % (len(masks.prompt) * batch)]
         prompt = prompt.masked_fill(noise, policy.mask_id)
     ids = torch.cat([prompt, completion[owner].masked_fill(hidden, policy.mask_id)], 1)
-    attention = prompts.attention(completion.shape[1])
+    attention = prompts.seen_by(policy, completion.shape[1])
     select = F.pad(wanted, (prompts.ids.shape[1], 0))
     targets = completion[owner][wanted]
     values = policy(ids, None if attention is None else attention[owner], select, token_log_probs, targets)
