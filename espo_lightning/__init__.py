@@ -1,5 +1,6 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
+from espo_lightning.decoding.block import BlockDecoding
 from espo_lightning.decoding.causal import AutoregressiveDecoding
 from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.decoding.masked import Decoding, generate
@@ -19,10 +20,12 @@ from espo_lightning.objectives.ratios import scored_token_ratio, sequence_ratio,
 from espo_lightning.objectives.sandwich import Sandwich
 from espo_lightning.objectives.self_normalised import SelfNormalised
 from espo_lightning.objectives.weighted import Weighted
+from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.lora import LoRA
 from espo_lightning.policies.policy import Policy, Prompts
 from espo_lightning.policies.tiny import new_policy
+from espo_lightning.scoring.block import BlockELBO
 from espo_lightning.scoring.likelihood import (
     ELBO,
     Autoregressive,
@@ -48,12 +51,15 @@ __all__ = [
     "FSDP2",
     "Autoregressive",
     "AutoregressiveDecoding",
+    "BlockDecoding",
+    "BlockELBO",
     "BlockViews",
     "Countdown",
     "Decoder",
     "Decoding",
     "DeepSpeed",
     "ESPOModule",
+    "Layout",
     "Likelihood",
     "LoRA",
     "Masks",

@@ -150,9 +150,20 @@ def layout_keys(layout: Layout) -> dict:
     return {} if layout.block is None else {"block_size": layout.block, "block_origin": layout.origin}
 
 
-def original_config(config: Any) -> dict | None:
-    """The config.json that a checkpoint came with, if its format is not one of transformers' own."""
-    return getattr(config, "original_config", None)
+def came_in_blocks(config: Any) -> bool:
+    """Whether the checkpoint came in the format of SDAR or Tiny-A2D."""
+    return (getattr(config, "original_config", None) or {}).get("model_type") in BLOCKS
+
+
+def own_config(config: Any) -> dict:
+    """The config.json of SDAR or Tiny-A2D as it came, and the blocks, which it may not have said.
+
+    Raises:
+        ValueError: the model came in another format.
+    """
+    if not came_in_blocks(config):
+        raise ValueError(f"format own is for what came as {', '.join(BLOCKS)}: use hf, or llada")
+    return config.original_config | layout_keys(layout_of(config))
 
 
 def llada_names(config: Any) -> dict[str, str]:
@@ -172,6 +183,8 @@ def was_llada(config: Any) -> bool:
 
 def llada_config(config: Any) -> dict:
     """The config.json of a masked Llama in LLaDA's format: the original one, or a new one if it never had one."""
+    if (layout := layout_of(config)) != FULL:
+        raise ValueError(f"LLaDA's format cannot hold {layout}: use --format hf")
     if was_llada(config):
         return config.original_config
     needs = {

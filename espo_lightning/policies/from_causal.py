@@ -36,8 +36,9 @@ def make_denoising(model: nn.Module, tokenizer, shift: int = 1) -> None:
     """Give a causal model and its tokenizer the form of a diffusion policy, in place; `sft` then teaches it to denoise.
 
     Attention looks both ways, and hidden state i-1 still predicts token i, which keeps what the head has learnt; with
-    ``shift`` 0 hidden state i does, as blocks need and as SDAR was made of Qwen3. The mask token is the tokenizer's own if it has one, else a new one on a spare row of the embedding, or on one more
-    row. A new row is the mean of the others.
+    ``shift`` 0 hidden state i does, as blocks need and as SDAR was made of Qwen3. The mask token is the tokenizer's own
+    if it has one, else a new one on a spare row of the embedding, or on one more row. A new row is the mean of the
+    others.
 
     Args:
         model: a transformers causal LM with ``.model.embed_tokens`` and ``.lm_head``.

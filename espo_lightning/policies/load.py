@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from espo_lightning.policies.files import read_json, read_tensors, resolve
-from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_keys, layout_of, llada_names, make_config
+from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_of, llada_names, make_config
 from espo_lightning.policies.from_causal import make_denoising, set_blocks
 from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.lora import LoRA, add_adapter, load_adapter

@@ -66,6 +66,8 @@ class Policy(nn.Module):
         ValueError: blocks with a shift, or in a network whose attention cannot be told who sees whom.
     """
 
+    sharded = False  # by a strategy
+
     def __init__(
         self,
         model: nn.Module,
@@ -118,6 +120,16 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         """Whether the model is a peft model, whose adapters can be switched off."""
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a pass that is differentiated may go on from the keys and values of another one, see `prefix`.
+
+        Not where layers are recomputed, which then ignore them, or sharded, as a backward pass that enters a layer by
+        its keys only finds no weights there.
+        """
+        recomputed = self.training and getattr(self.language_model, "is_gradient_checkpointing", False)
+        return self.selective and not self.sharded and not recomputed
 
     @property
     def language_model(self) -> nn.Module:

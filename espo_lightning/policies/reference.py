@@ -28,6 +28,10 @@ class FrozenReference(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.policy(*args, **kwargs)
 
+    @property
+    def resumes(self) -> bool:
+        return self.policy.selective  # nothing is differentiated
+
     def prefix(self, start: int | None = None) -> Prefix:
         return self.policy.prefix(start)
 
@@ -49,7 +53,7 @@ class AdapterOff:
 
     def __init__(self, policy: Policy):
         self.policy, self.mask_id, self.lengths = policy, policy.mask_id, policy.lengths
-        self.layout, self.prefix = policy.layout, policy.prefix
+        self.layout, self.prefix, self.resumes = policy.layout, policy.prefix, policy.selective
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

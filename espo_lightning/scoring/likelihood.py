@@ -30,6 +30,7 @@ class Seen(NamedTuple):
 
     valid: bool [B, L], up to and including the first end-of-text token. prompt: bool [B, P], real tokens of the prompt.
     keys: int64 [B], the same for all updates of a rollout. update, updates: number of this update, and of all.
+    blocks: int64 [B, L], the block of every position in the policy's layout, counted from the first's; None = not said.
     """
 
     valid: Tensor
@@ -37,6 +38,7 @@ class Seen(NamedTuple):
     keys: Tensor
     update: int = 0
     updates: int = 1
+    blocks: Tensor | None = None
 
     @classmethod
     def whole(cls, keys: Tensor, length: int) -> "Seen":
@@ -50,11 +52,14 @@ class Seen(NamedTuple):
         position = torch.arange(completion.shape[1], device=completion.device)
         valid = position <= policy.lengths(completion).unsqueeze(-1)  # with the end-of-text token, if there is one
         real = torch.ones_like(prompts.ids, dtype=torch.bool) if prompts.mask is None else prompts.mask
-        return cls(valid, real, keys, updates=updates)
+        layout = getattr(policy, "layout", None)
+        blocks = None if layout is None else layout.blocks(prompts, completion.shape[1])
+        return cls(valid, real, keys, updates=updates, blocks=blocks)
 
     def of_rows(self, rows: Tensor) -> "Seen":
         """The same of some completions."""
-        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows])
+        blocks = None if self.blocks is None else self.blocks[rows]
+        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows], blocks=blocks)
 
 
 class Likelihood(ABC):
@@ -62,10 +67,12 @@ class Likelihood(ABC):
 
     independent_draws: M if the draws of one completion are independent (`k2_u` asks), else 1.
     random: whether another key gives other masks; if not, new masks for every update would all be the same.
+    in_blocks: whether it scores block-causal policies, block by block.
     """
 
     independent_draws: int = 1
     random: bool = True
+    in_blocks: bool = False
 
     def check(self, policy, length: int, updates: int = 1) -> None:
         """Raise a ValueError if the policy cannot be scored this way.
@@ -79,6 +86,12 @@ class Likelihood(ABC):
                 f"the policy is a causal model, which cannot denoise, and {type(self).__name__} scores denoising: use "
                 "likelihood=Autoregressive (with decoding=AutoregressiveDecoding), or make it a diffusion policy by "
                 "sft (load_policy with denoise: true)"
+            )
+        layout = getattr(policy, "layout", None)
+        if layout is not None and layout.splits(length) and not self.in_blocks:
+            raise ValueError(
+                f"the policy has {layout}, and {type(self).__name__} hides positions of all blocks at once, a state "
+                f"that such a policy never decodes from: use likelihood=BlockELBO with block {layout.block}"
             )
 
     @abstractmethod

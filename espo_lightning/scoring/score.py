@@ -27,12 +27,9 @@ def log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
     Returns:
         [M, B, L] nats, float32 from a `Policy`; 0 where nothing is scored.
     """
-    scored = masks.scored  # [H, M, B, L]
-    used = scored.any(-1).flatten()  # a pass that scores nothing needs no forward,
-    used[0] = True  # but one row always runs, so that every process makes the same calls
-    used = used.nonzero().squeeze(-1)
+    used, hidden, wanted = masks.rows()
     batch = len(completion)
-    owner, hidden, wanted = used % batch, masks.passes.flatten(0, 2)[used], scored.flatten(0, 2)[used]
+    owner = used % batch
     prompt = prompts.ids[owner]
     if masks.prompt is not None:
         noise = masks.prompt.flatten(0, 1)[used % (len(masks.prompt) * batch)]
@@ -42,6 +39,12 @@ def log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
     select = F.pad(wanted, (prompts.ids.shape[1], 0))
     targets = completion[owner][wanted]
     values = policy(ids, None if attention is None else attention[owner], select, token_log_probs, targets)
+    return spread(values, masks)
+
+
+def spread(values: Tensor, masks: Masks) -> Tensor:
+    """Log-probabilities of all scored positions, in the order of `Masks.rows`, where they belong: [M, B, L]."""
+    scored = masks.scored
     return values.new_zeros(scored.shape).masked_scatter(scored, values).sum(0)
 
 

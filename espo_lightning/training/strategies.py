@@ -183,6 +183,8 @@ def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = Fals
         return policy
     layers = {type(layer) for layer in policy.language_model.model.layers}
     mixed = torch.bfloat16 if getattr(strategy.precision_plugin, "precision", None) == "bf16-mixed" else None
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        policy.sharded = True
     if isinstance(strategy, FSDPStrategy):
         precision = MixedPrecision(mixed, torch.float32, cast_root_forward_inputs=False) if mixed else None
         settings = {"auto_wrap_policy": ModuleWrapPolicy(layers), **strategy.kwargs}
