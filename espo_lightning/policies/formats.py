@@ -26,6 +26,7 @@ BLOCKS = {"sdar": "qwen3", "a2d-llama": "llama", "a2d-qwen2": "qwen2", "a2d-qwen
 FORMATS = ("llada", "Dream", "dream", *BLOCKS, *FAMILIES)
 UNSUPPORTED = {
     "llada2_moe": "LLaDA2, a mixture of experts",
+    "sdar_moe": "SDAR's mixture of experts",
     "Fast_dLLM_Qwen": "Fast-dLLM v2, whose logits are shifted across blocks",
 }
 

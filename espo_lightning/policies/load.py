@@ -64,13 +64,16 @@ def load_policy(
             "denoise: true changes the base, which an adapter does not store: save the denoising policy of the causal "
             "base as a folder of its own (sft does), and put adapters on that"
         )
+    if block is not None and (lora is not None or (folder / "adapter_config.json").is_file()):
+        raise ValueError(
+            "an adapter does not store block: set block_size (and block_origin) in config.json of its base, or put "
+            "adapters on what sft saved"
+        )
     if (folder / "adapter_config.json").is_file():
         if lora is not None:
             raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
         base = base_of(folder)
-        policy = load_policy(
-            base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code, block=block, origin=origin
-        )
+        policy = load_policy(base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
         policy.model = load_adapter(policy.model, folder, base)
     else:
         raw = read_json(folder, "config.json")
