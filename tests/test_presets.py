@@ -276,6 +276,7 @@ def refused(capsys, *flags: str) -> str:
         (["wd1", "--model.reference_sync=2"], "reference_sync has no effect"),
         (["gdpo", "--model.policy.path=bundled:sudoku_causal"], "cannot denoise"),
         (["gdpo", "--model.likelihood=Autoregressive"], "likelihood=Autoregressive scores a token"),
+        (["../sudoku_grpo", "--model.policy.path=bundled:sudoku"], "use Decoding"),
         (["gdpo", "--model.beta=0.1"], "model.beta is now model.objective.beta"),
     ],
 )

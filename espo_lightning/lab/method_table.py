@@ -21,6 +21,7 @@ from espo_lightning.scoring.likelihood import Seen
 
 SAMPLES = 4096  # completions whose masks are drawn, to average how many views show nothing hidden
 COLUMNS = ("method", "masks", "score or ratio", "objective", "counts", "advantage", "KL", "decoding", "μ")
+COLUMNS += ("forwards", "paper")
 PHASES = ("rollout", "old", "reference", "updates")
 
 PAGE = """# Methods
@@ -32,8 +33,11 @@ and gradients equal the official code's to 1e-12 (`tests/test_methods.py`), with
 
 {table}
 
-Names are those of the library: `espo_lightning.NAME` is a function or class with a docstring. "counts" says how much a
-completion weighs in the mean. Arguments that have their default are not shown.
+Names are those of functions and classes of `espo_lightning`; `total` is a likelihood's own score. "counts" says how
+much a completion weighs in the mean. Arguments that have their default are not shown. "forwards" are those of a
+completion and rollout, a backward pass counted as two, split up below. What is official, and what differs here, stands
+in the section of each method. The causal controls, GRPO and GSPO with exact likelihoods, are
+`experiments/sudoku_grpo.yaml` and `sudoku_gspo.yaml`.
 
 ## What a rollout costs
 
@@ -71,7 +75,7 @@ def decoding_of(decoding: Any) -> str:
     return ", ".join(f"{name} {name_of(getattr(decoding, name))}" for name in changed) or "default"
 
 
-def row(name: str, method: Method) -> list[str]:
+def row(name: str, method: Method, path: Path) -> list[str]:
     """One line of the table of settings."""
     objective = method.objective
     kl, score = "none", name_of(getattr(objective, "score", None) or getattr(objective, "ratio", None))
@@ -82,7 +86,9 @@ def row(name: str, method: Method) -> list[str]:
             kl = f"{name_of(objective.kl)}, {name_of(objective.kl_at)}, β {objective.beta:g}{to}"
     kind = type(objective).__name__ + (f", cap {objective.cap:g}" if hasattr(objective, "cap") else "")
     cells = [kind, name_of(objective.count), name_of(method.advantage), kl, decoding_of(method.decoding)]
-    return [f"[{name}](#{name.lower()})", name_of(method.likelihood), score, *cells, str(method.updates)]
+    paper = re.search(r"arXiv:(\d+\.\d+)", " ".join(header(path)[2])).group(1)
+    about = [str(method.updates), f"{total(forwards(method)):.0f}", f"[{paper}](https://arxiv.org/abs/{paper})"]
+    return [f"[{name}](#{name.lower()})", name_of(method.likelihood), score, *cells, *about]
 
 
 def forwards(method: Method, completions: int = SAMPLES) -> dict[str, float]:
@@ -99,6 +105,11 @@ def forwards(method: Method, completions: int = SAMPLES) -> dict[str, float]:
     options = {"updates": method.updates, "objective": method.objective, "view_by_view": False}
     spent = work(rollout, masks, micro_batch=completions, **options)
     return {phase: getattr(spent, phase).rows / completions for phase in PHASES}
+
+
+def total(cost: dict[str, float]) -> float:
+    """Forward passes in all phases, a backward pass counted as two."""
+    return sum(cost.values()) + 2 * cost["updates"]
 
 
 def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
@@ -127,14 +138,11 @@ def section(path: Path) -> str:
 def page(folder: Path) -> str:
     """docs/methods.md of the presets in a folder."""
     paths = sorted(folder.glob("*.yaml"))
-    methods = {header(path)[0]: read_method(path) for path in paths}
-    costs = {name: forwards(method) for name, method in methods.items()}
-    rows = [
-        [name, *(f"{n:.3g}" for n in cost.values()), f"{sum(cost.values()) + 2 * cost['updates']:.0f}"]
-        for name, cost in costs.items()
-    ]
+    methods = {path: read_method(path) for path in paths}
+    costs = {header(path)[0]: forwards(method) for path, method in methods.items()}
+    rows = [[name, *(f"{n:.3g}" for n in cost.values()), f"{total(cost):.0f}"] for name, cost in costs.items()]
     return PAGE.format(
-        table=table(COLUMNS, [row(name, method) for name, method in methods.items()]),
+        table=table(COLUMNS, [row(header(path)[0], method, path) for path, method in methods.items()]),
         forwards=table(("method", "decoding", "old", "reference", "updates", "with backward passes"), rows),
         sections="\n".join(section(path) for path in paths),
     )
