@@ -15,6 +15,7 @@ from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_of, lla
 from espo_lightning.policies.from_causal import make_denoising, set_blocks
 from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.lora import LoRA, add_adapter, load_adapter
+from espo_lightning.policies.masked_lm import MASKED_LMS, load_masked_lm
 from espo_lightning.policies.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -38,8 +39,8 @@ def load_policy(
     transformers checkpoints. The mode changes nothing else: there is no dropout in either.
 
     Args:
-        path: a local folder, a hub id or ``bundled:NAME``, in one of the formats of `formats`, or a peft LoRA adapter
-            for one of them.
+        path: a local folder, a hub id or ``bundled:NAME``, in one of the formats of `formats`, a masked LM of
+            `masked_lm` (BERT, RoBERTa, ModernBERT, ...), or a peft LoRA adapter for one of them.
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored). New adapters are float32.
         attention: transformers' kernel: sdpa, eager, flash_attention_2, ... Of bfloat16 weights on a CPU, eager trains
             1.4 times faster: sdpa's backward pass is slow there (benchmarks/NOTES.md).
@@ -76,20 +77,18 @@ def load_policy(
         policy = load_policy(base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
         policy.model = load_adapter(policy.model, folder, base)
     else:
-        raw = read_json(folder, "config.json")
-        tokenizer = _load_tokenizer(folder, trust_remote_code)
-        known = raw.get("model_type") in (*FORMATS, *UNSUPPORTED)
-        load = _load_remote if trust_remote_code and not known else _load_known
-        model = load(folder, raw, DTYPES[dtype], attention)
-        local = folder == Path(path).expanduser()
-        model.config._name_or_path = model.name_or_path = str(folder.resolve() if local else path)  # peft notes it
-        if denoise:
-            make_denoising(model, tokenizer, shift=int(block is None))
-        if block is not None:
-            set_blocks(model.config, Layout(block, origin))
-        policy = _make_policy(model, tokenizer, folder)
+        raw, local = read_json(folder, "config.json"), folder == Path(path).expanduser()
+        name = str(folder.resolve() if local else path)
+        if raw.get("model_type") in MASKED_LMS:
+            if denoise or block is not None:
+                raise ValueError(f"a masked LM ({raw['model_type']}) denoises, in one block: drop denoise and block")
+            policy = load_masked_lm(folder, DTYPES[dtype], attention)
+        else:
+            layout = None if block is None else Layout(block, origin)
+            policy = _load_language_model(folder, raw, DTYPES[dtype], attention, trust_remote_code, denoise, layout)
+        policy.config._name_or_path = policy.model.name_or_path = name  # peft notes it
         if lora is not None:
-            policy.model = add_adapter(model, lora)
+            policy.model = add_adapter(policy.model, lora)
     if gradient_checkpointing:
         _checkpoint_layers(policy)
     return policy.train(gradient_checkpointing)
@@ -105,6 +104,27 @@ def attends_forward(policy: Policy) -> bool:
 
 
 # ---- references -----------------------------------------------------------------------------------------------------
+
+
+def _load_language_model(
+    folder: Path,
+    raw: dict,
+    dtype: torch.dtype | None,
+    attention: str,
+    trust_remote_code: bool,
+    denoise: bool,
+    layout: Layout | None,
+) -> Policy:
+    """A policy of transformers' causal classes, turned into what `load_policy` was asked for."""
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    known = raw.get("model_type") in (*FORMATS, *UNSUPPORTED)
+    load = _load_remote if trust_remote_code and not known else _load_known
+    model = load(folder, raw, dtype, attention)
+    if denoise:
+        make_denoising(model, tokenizer, shift=int(layout is None))
+    if layout is not None:
+        set_blocks(model.config, layout)
+    return _make_policy(model, tokenizer, folder)
 
 
 def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:

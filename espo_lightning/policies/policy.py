@@ -84,7 +84,7 @@ class Policy(nn.Module):
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
         self.layout = layout or (CAUSAL if causal else FULL)
         self._check_layout()
-        last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
+        last = self.layers[-1] if len(self.layers) else None
         known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
         self.selective = known and not whole_last_layer
         if self.selective:
@@ -135,6 +135,37 @@ class Policy(nn.Module):
     def language_model(self) -> nn.Module:
         """The transformers model, with ``.model`` (the network) and ``.lm_head``; under peft, the one inside."""
         return self.model.get_base_model() if self.has_adapters else self.model
+
+    # ---- the hook of other networks: what stands between token ids and logits ----------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """From token ids to hidden states."""
+        return self.language_model.model
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """From hidden states [n, d] to logits [n, V]."""
+        return self.language_model.lm_head
+
+    @property
+    def layers(self) -> nn.ModuleList | list:
+        """What strategies shard, one by one; an empty list = nothing of the kind."""
+        return getattr(getattr(self.language_model, "model", None), "layers", [])
+
+    def states(self, ids: Tensor, attention: Tensor | None, rows: Tensor, **network: Any) -> Tensor:
+        """Hidden states [n, d] at the rows [n] of the flattened ids [N, T].
+
+        Args:
+            attention: as in `forward`.
+            network: ``use_cache``, and where they are given ``past_key_values`` and ``position_ids``.
+        """
+        network["attention_mask"] = self._bias(attention)
+        if self.selective:
+            return self.network(ids, rows=rows, **network).last_hidden_state
+        return self.network(ids, **network).last_hidden_state.flatten(0, 1)[rows]
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
         """Chat-templated, left-padded prompts. A string is one user turn.
@@ -213,7 +244,7 @@ class Policy(nn.Module):
         """
         if self.layout.block is not None and (attention is None or attention.ndim == 2):
             raise ValueError(f"this policy has {self.layout}: pass attention=prompts.seen_by(policy, length)")
-        lm, network = self.language_model, {"use_cache": prefix is not None}
+        network = {"use_cache": prefix is not None}
         if positions is not None:
             network["position_ids"] = positions
         if prefix is not None:
@@ -223,16 +254,12 @@ class Policy(nn.Module):
                 network["position_ids"] = positions[:, known:]
             if attention is not None and attention.ndim == 3:
                 attention = attention[:, -ids.shape[1] :]
-        network["attention_mask"] = self._bias(attention)
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
         rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
         with nullcontext() if prefix is None else prefix.filled(self):
-            if self.selective:
-                hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
-            else:
-                hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
-        return apply_head(lm.lm_head, hidden, reduce, columns)
+            hidden = self.states(ids, attention, rows, **network)
+        return apply_head(self.head, hidden, reduce, columns)
 
     def prefix(self, start: int | None = None) -> "Prefix":
         """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
@@ -255,7 +282,7 @@ class Policy(nn.Module):
         """
         if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise ValueError(f"compile must be one of {', '.join(known)}, got {backend!r}")
-        self.language_model.model.compile(backend=backend, dynamic=True)
+        self.network.compile(backend=backend, dynamic=True)
 
     def _bias(self, attention: Tensor | None) -> Tensor | None:
         """The 4D additive mask [N, 1, 1 or T, T], the one form that SDPA and eager attention both read as it is.

@@ -74,7 +74,17 @@ def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
+def symbols_of(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+    """How many logits a head makes of one of the hidden states [n, d]; one that is no linear layer is asked."""
+    if isinstance(head, nn.Linear):
+        return head.weight.shape[0]
+    with torch.no_grad():
+        return head(hidden.new_zeros(1, hidden.shape[-1])).shape[-1]
+
+
+def apply_head(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]
+) -> Any:
     """``reduce(head(hidden).float(), *columns)`` in chunks of at most HEAD_BYTES of logits.
 
     With several chunks, the backward pass recomputes each one's logits instead of keeping them.
@@ -87,7 +97,7 @@ def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], colu
     def run(hidden: Tensor, *columns: Tensor) -> Any:
         return reduce(head(hidden).float(), *columns)
 
-    chunk = max(1, HEAD_BYTES // (4 * head.weight.shape[0]))
+    chunk = max(1, HEAD_BYTES // (4 * symbols_of(head, hidden)))
     if len(hidden) <= chunk:
         return run(hidden, *columns)
     pieces = zip(hidden.split(chunk), *(c.split(chunk) for c in columns))
