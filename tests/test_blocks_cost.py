@@ -48,8 +48,10 @@ def test_flops_of_decoding_are_those_of_the_model(folder, cache, steps):
 
 
 @pytest.mark.parametrize("micro_batch", [2, 5])
+@pytest.mark.parametrize("part", [64, 4])
 @pytest.mark.parametrize("resumes", [True, False])
-def test_flops_of_scoring_are_those_of_the_model(folder, resumes, micro_batch):
+def test_flops_of_scoring_are_those_of_the_model(folder, monkeypatch, resumes, part, micro_batch):
+    monkeypatch.setattr("espo_lightning.scoring.block.PART", part)
     policy, law = block_policy(4, "response", torch.float32), BlockELBO(2, block=4)
     policy.sharded = not resumes
     masks, completion = law.draw(keys_of(5), 8), torch.full((5, 8), 9)

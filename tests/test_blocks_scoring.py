@@ -143,22 +143,27 @@ def one_forward_per_block(policy, prompts, completion, masks):
 @EACH
 @pytest.mark.parametrize("block", [1, 4, 8])
 @pytest.mark.parametrize("law", LAWS)
-def test_one_pass_equals_one_forward_per_block(law, block, origin):
+def test_one_pass_equals_one_forward_per_block(law, block, origin, monkeypatch):
     policy, prompts, completion = block_policy(block, origin), some_prompts(), some_completions()
     law = replace(law, block=block)
     masks = drawn(policy, law, prompts, completion)
     with torch.no_grad():
         expected = one_forward_per_block(policy, prompts, completion, masks)
         resumed = law.log_probs(policy, prompts, completion, masks)
+        monkeypatch.setattr("espo_lightning.scoring.block.PART", 4)
+        in_parts = law.log_probs(policy, prompts, completion, masks)
         policy.sharded = True
         joint = law.log_probs(policy, prompts, completion, masks)
     assert expected.abs().max() > 1
     torch.testing.assert_close(resumed, expected, rtol=1e-6, atol=1e-6)  # logits are rounded to float32
+    torch.testing.assert_close(in_parts, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(joint, expected, rtol=1e-6, atol=1e-6)
 
 
 @EACH
-def test_both_forms_of_the_pass_have_the_same_gradient(origin):
+@pytest.mark.parametrize("part", [64, 4])
+def test_both_forms_of_the_pass_have_the_same_gradient(origin, part, monkeypatch):
+    monkeypatch.setattr("espo_lightning.scoring.block.PART", part)
     policy, prompts, completion = block_policy(4, origin), some_prompts(), some_completions()
     masks = drawn(policy, LAWS[0], prompts, completion)
     gradients = []

@@ -7,6 +7,7 @@ completion costs up to one block more.
 from espo_lightning.decoding.block import BlockDecoding
 from espo_lightning.lab.flops import Passes, hidden_in_steps
 from espo_lightning.lab.network import Network
+from espo_lightning.scoring.block import parts_of
 from espo_lightning.scoring.masks import Masks
 
 
@@ -31,20 +32,27 @@ def block_decoding_passes(decoding: BlockDecoding, completions: int, width: int)
 
 
 def block_scoring_passes(masks: Masks, width: int, micro_batch: int, *, block: int, resumes: bool = True) -> Passes:
-    """Those of `block_log_probs`: clean tokens once per completion, noisy ones for every pass that scores something.
+    """Those of `block_log_probs`: clean tokens once per completion, then noisy ones in parts, where they are read.
 
     resumes: see `Policy.resumes`; if not, clean tokens go along with every noisy copy.
     """
     length, batch = masks.hidden.shape[-1], masks.hidden.shape[1]
     known, scored = width - block, masks.scored.flatten(0, 1)  # [H M, B, L]
-    used = scored.any(-1)
-    calls, idle = -(-batch // micro_batch), int((~used[0, ::micro_batch]).sum())  # the first row of a call always runs
-    rows, positions = int(used.sum()) + idle, int(scored.sum())
+    calls = -(-batch // micro_batch)
+
+    def rows_of(part: slice) -> int:
+        used = scored[..., part].any(-1)
+        return int(used.sum() + (~used[0, ::micro_batch]).sum())  # the first row of a call always runs
+
     if not resumes:
-        tokens = known + length
-        return Passes(calls, rows * tokens / width, width, positions, rows * tokens * tokens)
-    clean = Passes(calls, batch * known / width, width, 0, batch * known * known)
-    return clean + Passes(calls, rows * length / width, width, positions, rows * length * (known + length))
+        rows, tokens = rows_of(slice(None)), known + length
+        return Passes(calls, rows * tokens / width, width, int(scored.sum()), rows * tokens * tokens)
+    passes = Passes(calls, batch * known / width, width, 0, batch * known * known)
+    for part in parts_of(length, block):
+        rows, tokens = rows_of(part), part.stop - part.start
+        keys, positions = width - length + part.stop - block + tokens, int(scored[..., part].sum())
+        passes += Passes(calls, rows * tokens / width, width, positions, rows * tokens * keys)
+    return passes
 
 
 def cache_bytes(network: Network, tokens: float, stored: int) -> float:

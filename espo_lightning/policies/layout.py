@@ -151,14 +151,14 @@ class Slots(NamedTuple):
         known = self.groups[:, None, keys] <= self.groups[:, queries, None]
         return known & self.keys[:, None, keys]
 
-    def noisy_sees(self, known: int) -> Tensor:
-        """Whom the slots see in a copy of their own, which follows the first ``known`` clean places.
+    def noisy_sees(self, known: int, part: slice) -> Tensor:
+        """Whom a part of the K b slots sees in a noisy copy, which follows the first ``known`` clean places.
 
-        Clean tokens of the blocks before, and the copy's own block: bool [B, K b, known + K b].
+        Clean tokens of the blocks before, and the copy's own block: bool [B, part, known + part].
         """
-        groups, keys, queries = self.groups, self.keys, self.groups[:, self.width :, None]
-        before = (groups[:, None, :known] < queries) & keys[:, None, :known]
-        inside = (groups[:, None, self.width :] == queries) & keys[:, None, self.width :]
+        groups, keys = self.groups[:, self.width :][:, part], self.keys[:, self.width :][:, part]
+        before = (self.groups[:, None, :known] < groups.unsqueeze(2)) & self.keys[:, None, :known]
+        inside = (groups.unsqueeze(1) == groups.unsqueeze(2)) & keys.unsqueeze(1)
         return torch.cat([before, inside], 2)
 
 

@@ -48,11 +48,14 @@ class Prefix:
         else:  # a cache without positions would still insist on its rows
             self.cache = DynamicCache()
 
-    def of(self, rows: Tensor) -> "Prefix":
-        """Some of the rows, an index that may repeat them, as a store of its own. Gradients flow through it."""
+    def of(self, rows: Tensor, stop: int | None = None) -> "Prefix":
+        """Some rows, an index that may repeat them, and positions before ``stop``, as a store of its own.
+
+        Gradients flow through it.
+        """
         known = Prefix(self.width)
         for number, layer in enumerate(self.cache.layers):
-            known.cache.update(layer.keys[rows], layer.values[rows], number)
+            known.cache.update(layer.keys[:, :, :stop][rows], layer.values[:, :, :stop][rows], number)
         return known
 
     def keep(self, rows: Tensor) -> None:

@@ -5,6 +5,7 @@ them. Prompt and clean tokens go through the network once for all copies.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, Seen
 from espo_lightning.scoring.masks import Masks, count_masks
 from espo_lightning.scoring.score import spread, token_log_probs
+
+PART = 64  # slots of a noisy copy at once: early ones need not pass by the keys of what comes after them
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class BlockELBO(ELBO):
         return block_log_probs(policy, prompts, completion, masks)
 
 
+def parts_of(slots: int, block: int) -> list[slice]:
+    """The slots of a noisy copy in parts of whole blocks, which go through the network one after the other."""
+    size = max(1, PART // block) * block
+    return [slice(start, min(start + size, slots)) for start in range(0, slots, size)]
+
+
 def block_log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
     """log p(y_i | x, finished blocks before i's, the visible tokens of i's block) of completions on given masks.
 
@@ -90,21 +99,79 @@ def block_log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor
     used, hidden, wanted = masks.rows()
     owner = used % len(completion)
     slots = policy.layout.slots(prompts, completion.shape[1])
-    known = slots.columns.shape[1] - slots.block  # clean places: nobody looks at a clean last block
-    clean = slots.show(torch.cat([prompts.ids, completion], 1), empty=policy.mask_id)[:, :known]
     shown = torch.cat([prompts.ids[owner], completion[owner].masked_fill(hidden, policy.mask_id)], 1)
     noisy = slots.of(owner).show(shown, empty=policy.mask_id)[:, slots.width :]
-    positions = torch.cat([slots.columns[:, :known], slots.columns[:, slots.width :]], 1)
-    sees, among_clean = slots.noisy_sees(known), slots.sees(slice(0, known), slice(0, known))
-    select = torch.zeros(len(owner), positions.shape[1], dtype=torch.bool, device=owner.device)
-    select.scatter_(1, slots.where[owner] - slots.width + known, wanted)
-    targets = completion[owner][wanted]
-    ids, told = torch.cat([clean[owner], noisy], 1), {"positions": positions[owner]}
-    if known and getattr(policy, "resumes", False):
-        prefix, nothing = policy.prefix(), torch.zeros_like(clean, dtype=torch.bool)
-        policy(clean, among_clean, nothing, lambda logits: logits[:, 0], prefix=prefix, positions=positions[:, :known])
-        values = policy(ids, sees[owner], select, token_log_probs, targets, prefix=prefix.of(owner), **told)
-    else:
-        sees = torch.cat([F.pad(among_clean, (0, noisy.shape[1])), sees], 1)
-        values = policy(ids, sees[owner], select, token_log_probs, targets, **told)
+    known = slots.columns.shape[1] - slots.block  # clean places: nobody looks at a clean last block
+    clean = slots.show(torch.cat([prompts.ids, completion], 1), empty=policy.mask_id)[:, :known]
+    copies = _Copies(policy, slots, owner, clean, noisy, completion, wanted)
+    values = copies.resumed() if known and getattr(policy, "resumes", False) else copies.joint()
     return spread(values, masks)
+
+
+class _Copies(NamedTuple):
+    """Noisy copies of canvases, and how they go through the network.
+
+    policy: `Policy`. slots: of its layout, `Slots`. owner: int64 [N], whose they are. clean: int64 [B, C], the clean
+    places before a last block. noisy: int64 [N, K b], their slots. completion: int64 [B, L]. wanted: bool [N, L], where
+    they are read.
+    """
+
+    policy: Any
+    slots: Any
+    owner: Tensor
+    clean: Tensor
+    noisy: Tensor
+    completion: Tensor
+    wanted: Tensor
+
+    def read(self) -> Tensor:
+        """``wanted``, in slots: bool [N, K b]."""
+        where = self.slots.where[self.owner] - self.slots.width
+        return torch.zeros_like(self.noisy, dtype=torch.bool).scatter_(1, where, self.wanted)
+
+    def resumed(self) -> Tensor:
+        """Log-probabilities of all wanted positions, row by row: clean tokens once, then part after part of the slots.
+
+        A part needs the clean tokens before its last block only, and the rows that are read there only.
+        """
+        policy, slots, owner, known = self.policy, self.slots, self.owner, self.clean.shape[1]
+        prefix, nothing = policy.prefix(), torch.zeros_like(self.clean, dtype=torch.bool)
+        sees = slots.sees(slice(0, known), slice(0, known))
+        positions, read, places = slots.columns, self.read(), slots.where[owner] - slots.width
+        policy(self.clean, sees, nothing, lambda x: x[:, 0], prefix=prefix, positions=positions[:, :known])
+        total = 0.0
+        for part in parts_of(self.noisy.shape[1], slots.block):
+            stop = slots.width + part.stop - slots.block
+            inside = self.wanted & (places >= part.start) & (places < part.stop)
+            rows = inside.any(-1)
+            rows[0] = True  # every process makes the same calls
+            rows = rows.nonzero().squeeze(-1)
+            mine = owner[rows]
+            values = policy(
+                torch.cat([self.clean[mine, :stop], self.noisy[rows, part]], 1),
+                slots.noisy_sees(stop, part)[mine],
+                F.pad(read[rows, part], (stop, 0)),
+                token_log_probs,
+                self.completion[mine][inside[rows]],
+                prefix=prefix.of(mine, stop),
+                positions=torch.cat([positions[:, :stop], positions[:, slots.width :][:, part]], 1)[mine],
+            )
+            filled = values.new_zeros(len(rows), inside.shape[1]).masked_scatter(inside[rows], values)
+            total = values.new_zeros(inside.shape).index_add(0, rows, filled) + total
+        return total[self.wanted]
+
+    def joint(self) -> Tensor:
+        """The same, with clean tokens along with every copy."""
+        slots, owner, known = self.slots, self.owner, self.clean.shape[1]
+        copied = slots.noisy_sees(known, slice(None))
+        clean = slots.sees(slice(0, known), slice(0, known))
+        sees = torch.cat([F.pad(clean, (0, self.noisy.shape[1])), copied], 1)
+        positions = torch.cat([slots.columns[:, :known], slots.columns[:, slots.width :]], 1)
+        return self.policy(
+            torch.cat([self.clean[owner], self.noisy], 1),
+            sees[owner],
+            F.pad(self.read(), (known, 0)),
+            token_log_probs,
+            self.completion[owner][self.wanted],
+            positions=positions[owner],
+        )
