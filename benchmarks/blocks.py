@@ -94,8 +94,8 @@ def scoring(length: int, block: int, draws: int, rows: int, repeats: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest canvas only")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3, help="0 = one round, without a warm-up")
     parser.add_argument("--output", default="benchmarks/results/blocks.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def main() -> None:
         rows, repeats = (1, 0) if long else (options.rows, options.repeats)
         for block in (4, 16, 32):
             name = f"L {length}, b {block}"
-            result["rollouts"][name] = rollouts(length, block, rows, repeats, uncached=not long)
+            result["rollouts"][name] = rollouts(length, block, rows, repeats, uncached=length == 64)
             print(name, f"{result['rollouts'][name]['cached over full']:.2f} times the tokens/s", flush=True)
     for draws in (1, 2, 4):
         length = 64 if options.quick else 256

@@ -128,8 +128,15 @@ class Policy(nn.Module):
         Not where layers are recomputed, which then ignore them, or sharded, as a backward pass that enters a layer by
         its keys only finds no weights there.
         """
-        recomputed = self.training and getattr(self.language_model, "is_gradient_checkpointing", False)
-        return self.selective and not self.sharded and not recomputed
+        return self.selective and not self.sharded and not (self.training and self._recomputes)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        lm = self.language_model
+        if hasattr(type(lm), "is_activation_checkpointing"):
+            return lm.is_activation_checkpointing
+        return getattr(lm, "is_gradient_checkpointing", False)  # its name in older transformers
 
     @property
     def language_model(self) -> nn.Module:

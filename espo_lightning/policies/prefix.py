@@ -35,12 +35,13 @@ class Prefix:
 
         In train mode, a checkpointed layer would ignore the cache.
         """
-        training = network.training
-        network.eval()
+        if training := network.training:
+            network.eval()
         try:
             yield
         finally:
-            network.train(training)
+            if training:
+                network.train()
         if self.width is None or self.width == len(self):
             return
         if self.width:
