@@ -38,7 +38,7 @@ from espo_lightning.scoring.likelihood import (
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import log_probs, score
 from espo_lightning.scoring.views import BlockViews, RandomViews, TokenViews
-from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
+from espo_lightning.tasks import Countdown, Problem, Sudoku, Task, TRLReward
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.module import ESPOModule
 from espo_lightning.training.rollout import Rollout
@@ -79,6 +79,7 @@ __all__ = [
     "SelfNormalised",
     "Step",
     "Sudoku",
+    "TRLReward",
     "Task",
     "TimeELBO",
     "TokenViews",

@@ -22,8 +22,9 @@ from espo_lightning.lab.evaluation import as_json, load_weights, solve
 from espo_lightning.lab.evaluation_parts import Shards
 from espo_lightning.policies.policy import Policy, fingerprint
 from espo_lightning.tasks.base import Task
-from espo_lightning.tasks.statistics import per_problem, summarise
+from espo_lightning.tasks.statistics import cluster_of, per_problem, summarise
 from espo_lightning.training.command_line import run
+from espo_lightning.training.data_check import check_data
 
 GREEDY = Decoding(temperature=0.0)
 
@@ -79,7 +80,7 @@ def evaluate(
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
     task.check_host()
-    task.problem(split, 0, 0)  # data that cannot be read end it before anything is written
+    check_data(task, policy, (split,))  # before anything is written
     problems = min(problems, task.size(split) or problems)  # none counts twice
     decoding.check(policy)
     if checkpoint is not None:
@@ -116,9 +117,10 @@ def evaluate(
         start = time.perf_counter()
         batch = [task.problem(split, 0, i) for i, _ in batches[number]]
         counters = torch.tensor([sample << 32 | i for i, sample in batches[number]])
-        texts, verdicts = solve(policy, batch, fold_in(seed, counters).to(policy.device), decoding)
+        keys = fold_in(seed, counters).to(policy.device)
+        texts, verdicts = solve(policy, batch, keys, decoding, must_work=number == 0)
         made = [
-            {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict}
+            {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict, "cluster": problem.cluster}
             for (i, _), problem, text, verdict in zip(batches[number], batch, texts, verdicts)
         ]
         shards.append(number, {"seconds": time.perf_counter() - start, "samples": made})
@@ -128,7 +130,10 @@ def evaluate(
         return shards.finished()
     made = [sample for number in range(len(batches)) for sample in records[number]["samples"]]
     result = {
-        **summarise(per_problem([s["verdict"] for s in made], samples)),
+        **summarise(
+            per_problem([s["verdict"] for s in made], samples),
+            [cluster_of(s["prompt"], s["cluster"]) for s in made[::samples]],
+        ),
         "chance": task.chance,
         "seconds": sum(records[number]["seconds"] for number in range(len(batches))),
         **shards.header,

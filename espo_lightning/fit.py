@@ -16,6 +16,8 @@ from espo_lightning.training.run_folder import SampleLog, write_text
 class FitCLI(TrainingCLI):
     """Adds the sample log, and what verifiers and validation need."""
 
+    SPLITS = ("train", "test")
+
     def check(self, trainer) -> None:
         super().check(trainer)
         task, problems = self.datamodule.task, self.datamodule.eval_problems

@@ -35,8 +35,19 @@ def random_bits(keys: Tensor, n: int) -> Tensor:
 
 
 def uniform(keys: Tensor, n: int) -> Tensor:
-    """``n`` float64 uniforms on [0, 1) per key: [...] -> [..., n]."""
-    return _shift_right(random_bits(keys, n), 11).double() * 2.0**-53
+    """``n`` uniforms of type `real` on [0, 1) per key: [...] -> [..., n]."""
+    return unit(random_bits(keys, n), real(keys.device))
+
+
+def real(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: Apple's GPUs know no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def unit(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Random int64 as numbers of [0, 1), from as many of their bits as float32 or float64 hold exactly."""
+    digits = {torch.float32: 24, torch.float64: 53}[dtype]
+    return _shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits
 
 
 def randint(keys: Tensor, high: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 import random
 import string
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -73,6 +75,20 @@ def parameters(module) -> torch.Tensor:
 def global_states() -> tuple:
     """The states of Python's, NumPy's and torch's global generators."""
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def assert_linear(function: Callable[[str], object], text: str) -> None:
+    """Half of a text takes at least a third of the processor time, the best of five tries each, on any machine."""
+    half = text[: len(text) // 2]
+
+    def seconds(part: str) -> float:
+        started = time.thread_time()
+        function(part)
+        return time.thread_time() - started
+
+    tries = [(seconds(half), seconds(text)) for _ in range(5)]
+    short, whole = (min(times) for times in zip(*tries))
+    assert whole < 3 * short + 1e-3  # the clock's own resolution
 
 
 @pytest.fixture

@@ -189,5 +189,12 @@ ESCAPES = {
         {"error", "crash", "timeout"},
         "",
     ),
+    "a bomb of threads with small stacks": (
+        "import _thread, time\n_thread.stack_size(32768)\nmade = 0\ntry:\n"
+        " for made in range(3000): _thread.start_new_thread(time.sleep, (99,))\nexcept RuntimeError: pass\n"
+        "time.sleep(0.2)\nprint('DONE' if made > 400 else 'few')",
+        {"ok", "crash"},
+        "",
+    ),
     "closing every descriptor": ("import os\nos.closerange(0, 64)\nwhile True: pass", {"crash", "timeout"}, ""),
 }

@@ -13,7 +13,9 @@ import datasets
 import pytest
 from processes import command, descendants, resident, scheduled
 
-from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, extract_code, judge, needed_names
+from espo_lightning.tasks.checks import needed_names
+from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, judge
+from espo_lightning.tasks.programs import extract_code
 from espo_lightning.tasks.sandbox import run as sandbox
 
 DATA = Path(__file__).parent / "data"
@@ -298,7 +300,7 @@ def test_fuzz(ace, count):
         assert 0.0 <= scored["reward"] <= 2.0
         seen.update(key for key, value in scored.items() if value)
         if (index + 1) % (count // 6) == 0:
-            runners = [resident(pid) for pid in descendants(os.getpid()) if b"sandbox_inner" in command(pid)]
+            runners = [resident(pid) for pid in descendants(os.getpid()) if b"sandbox/inner.py" in command(pid)]
             memory.append((resident(), max(runners), len(runners)))
             print(index + 1, slowest, memory[-1], dict(seen))  # with -s, the long run reports its progress
     assert slowest < 2.0

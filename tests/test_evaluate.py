@@ -159,7 +159,7 @@ def header_of(folder) -> dict:
     """The header that `run` writes."""
     run(folder / "once.json")
     result = json.loads((folder / "once.json").read_text())
-    made = {"n", "ci95", "chance", "seconds", "samples", "reward", "exact", "failed", "timeout"}
+    made = {"n", "clusters", "ci95", "chance", "seconds", "samples", "reward", "exact", "failed", "timeout"}
     return {key: value for key, value in result.items() if key not in made}
 
 

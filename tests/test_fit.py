@@ -266,7 +266,7 @@ def test_sft_makes_the_same_bytes_twice_and_evaluate_judges_them(tmp_path, capsy
     assert result["n"] == len(result["samples"]) == 6
     assert result["settings"]["decoding"]["init_args"]["steps"] == 6
     assert result["settings"]["task"]["class_path"].endswith("Countdown")
-    assert set(result["ci95"]) == {"exact", "format", "reward", "failed", "timeout"}
+    assert set(result["ci95"]) == {"exact", "exact_published", "format", "reward", "failed", "timeout"}
     with pytest.raises(SystemExit) as error:
         evaluate.main(flags)
     assert error.value.code == 2
@@ -274,8 +274,12 @@ def test_sft_makes_the_same_bytes_twice_and_evaluate_judges_them(tmp_path, capsy
 
 
 def test_an_answer_longer_than_the_canvas_is_an_error(tmp_path, capsys):
-    with pytest.raises(ValueError, match="an answer has 16 tokens, more than length=8"):
+    """Before anything is written, as all data."""
+    with pytest.raises(SystemExit) as error:
         sft.main([
             f"--run_dir={tmp_path / 'run'}", "--data.batches=1", "--model.length=8", "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ])  # fmt: skip
+    assert error.value.code == 2
+    assert "an answer has 16 tokens, more than length=8" in capsys.readouterr().err
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from espo_lightning.keys import fold_in, randint, random_bits, random_subset, uniform
+from espo_lightning.keys import fold_in, randint, random_bits, random_subset, real, uniform, unit
 from espo_lightning.lab.exact import exact_elbo, score_moments, subset_log_probs
 from espo_lightning.lab.tabular import TabularPolicy
 from espo_lightning.objectives.policy_gradient import espo_loss
@@ -89,6 +89,17 @@ def test_every_bit_is_fair():
     ones = torch.stack([(bits >> shift & 1).sum() for shift in range(64)]).double()
     z = (ones - 8000) / math.sqrt(4000)
     assert z.abs().max() < 5  # 64 bits, chance of a false alarm 4e-5
+
+
+def test_uniforms_where_there_is_no_float64():
+    """Apple's GPUs: 24 bits that float32 holds exactly, the leading ones of the float64 numbers."""
+    bits = random_bits(keys_of(1, 2000), 32)
+    wide, narrow = unit(bits, torch.float64), unit(bits, torch.float32)
+    assert torch.equal(wide, uniform(keys_of(1, 2000), 32))
+    assert narrow.dtype == torch.float32
+    assert torch.equal((wide * 2**24).floor(), (narrow * 2**24).double())
+    assert unit(torch.tensor([-1, 0]), torch.float32).tolist() == [1 - 2**-24, 0.0]
+    assert [real(torch.device(name)) for name in ("mps", "cpu", "cuda")] == [torch.float32, *[torch.float64] * 2]
 
 
 def test_randint_is_uniform():

@@ -35,7 +35,7 @@ def processes() -> dict[int, str]:
             command = Path(entry).read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if "sandbox_inner.py" in command and command:
+        if "inner.py" in command and "maths_inner.py" not in command:
             found[int(entry.split("/")[2])] = command
     return found
 
@@ -91,7 +91,10 @@ def test_runs_a_program(box):
         ("input()", "error", "EOFError"),
         ("import numpy", "error", "ModuleNotFoundError"),
         ("import espo_lightning", "error", "ModuleNotFoundError"),
-        ("import sandbox_peer, sandbox_isolation, rows", "error", "ModuleNotFoundError"),
+        *(
+            (f"import {name}", "error", "ModuleNotFoundError")
+            for name in ("peer", "isolation", "wire", "inner", "rows")
+        ),
         ("import ctypes; ctypes.string_at(0)", "crash", ""),
         ("(" * 300 + ")" * 300, "syntax", "SyntaxError"),
         ("x" * (sandbox.SOURCE_LIMIT + 1), "error", "too long"),
@@ -309,14 +312,10 @@ def test_the_parent_is_never_patched(box):
     assert threading.active_count() < 20
 
 
-def test_throughput(box):
-    """A loose bound, as CI machines are shared; the measured number is in the documentation."""
-    box.run("print(1)")
-    start = time.perf_counter()
+def test_many_programs_at_a_time_get_their_own_results(box):
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(lambda i: box.run(f"print({i})"), range(40)))
     assert [r.stdout for r in results] == [f"{i}\n" for i in range(40)]
-    assert 40 / (time.perf_counter() - start) > 5
 
 
 # ---- backend selection --------------------------------------------------------------------------------------------
@@ -335,7 +334,7 @@ DOORS = ("start processes", "signal others", "use the network", "list files", "r
 CONTAINED_ANYWHERE = (
     *("infinite loop", "sleep", "ignored signals", "memory bomb", "mmap bomb", "one large file", "output flood"),
     *("deep recursion", "deeper recursion", "os._exit", "environment", "a thread that outlives main", "thread bomb"),
-    "closing every descriptor",
+    *("closing every descriptor", "a bomb of threads with small stacks"),
 )
 
 
@@ -344,7 +343,7 @@ def bare(tmp_path, monkeypatch):
     """A host that offers nothing: no bubblewrap, and every layer refused by the kernel."""
     for path in sandbox.INNER:
         shutil.copy(path, tmp_path)
-    with open(tmp_path / "sandbox_isolation.py", "a") as file:
+    with open(tmp_path / "isolation.py", "a") as file:
         file.write(NO_LAYERS)
     monkeypatch.setattr(sandbox, "INNER", [str(tmp_path / Path(path).name) for path in sandbox.INNER])
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 from itertools import permutations, product
 from pathlib import Path
 
 import pytest
+from conftest import assert_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +35,11 @@ TASKS = [
     Countdown(),
     Countdown(largest=9, largest_target=30, prompt="instruct", format_reward=0.0, right=0.5),
 ]
+
+
+def strict(verdict: dict[str, float]) -> dict[str, float]:
+    """The metrics of our own reading; what the published evaluation makes of a text is tested by itself."""
+    return {key: value for key, value in verdict.items() if not key.endswith("_published")}
 
 
 def expressions(numbers):
@@ -154,7 +161,7 @@ def test_every_puzzle_has_one_solution_of_its_split(split, empty):
         assert problem.prompt.count("0") == empty
         assert solves(problem.prompt) == [problem.answer]
         assert problem.answer in solutions(split)
-        assert problem.verify(problem.answer) == {"reward": 1.0, "exact": 1.0, "cell": 1.0}
+        assert strict(problem.verify(problem.answer)) == {"reward": 1.0, "exact": 1.0, "cell": 1.0}
 
 
 def test_drawn_grids_and_holes_vary():
@@ -248,7 +255,7 @@ def test_sudoku_file():
         for split in ("train", "test"):
             problem = task.problem(split, index, index)
             assert (problem.prompt, problem.answer) == (puzzle, solution)
-            assert problem.verify(solution) == {"reward": 1.0, "exact": 1.0, "cell": 1.0}
+            assert strict(problem.verify(solution)) == {"reward": 1.0, "exact": 1.0, "cell": 1.0}
             assert all(problem.verify(other)["reward"] == 1.0 for other in solves(puzzle))
         assert task.problem("test", 0, index + 12).prompt == puzzle  # the rows come round again
     assert set(task.chance) == {"exact", "cell"}
@@ -317,11 +324,11 @@ RIGHT, NOTHING = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
     ],
 )
 def test_sudoku_verdicts(text, reward, exact, cell):
-    started = time.thread_time()
     verdict = verify_sudoku(PUZZLE, SOLUTION, "cell", text)
-    assert time.thread_time() - started < 1.0
-    assert verdict == pytest.approx({"reward": reward, "exact": exact, "cell": cell}, abs=1e-12)
-    assert verify_sudoku(PUZZLE, SOLUTION, "exact", text) == pytest.approx(
+    if len(text) > 10_000:
+        assert_linear(partial(verify_sudoku, PUZZLE, SOLUTION, "cell"), text)
+    assert strict(verdict) == pytest.approx({"reward": reward, "exact": exact, "cell": cell}, abs=1e-12)
+    assert strict(verify_sudoku(PUZZLE, SOLUTION, "exact", text)) == pytest.approx(
         {"reward": exact, "exact": exact, "cell": cell}, abs=1e-12
     )
 
@@ -338,8 +345,12 @@ def test_any_solution_that_keeps_the_givens_is_right():
 
 
 def test_puzzle_without_an_empty_cell():
-    assert verify_sudoku(SOLUTION, SOLUTION, "cell", SOLUTION) == {"reward": 1.0, "exact": 1.0, "cell": 1.0}
-    assert verify_sudoku(SOLUTION, SOLUTION, "cell", SOLUTION[::-1]) == {"reward": 0.0, "exact": 0.0, "cell": 0.0}
+    assert strict(verify_sudoku(SOLUTION, SOLUTION, "cell", SOLUTION)) == {"reward": 1.0, "exact": 1.0, "cell": 1.0}
+    assert strict(verify_sudoku(SOLUTION, SOLUTION, "cell", SOLUTION[::-1])) == {
+        "reward": 0.0,
+        "exact": 0.0,
+        "cell": 0.0,
+    }
 
 
 def test_is_solved_sees_every_unit():
@@ -381,7 +392,7 @@ def test_countdown_problems_are_solvable_and_their_answers_right(largest, larges
         assert 1 <= target <= largest_target
         assert value_of(problem.answer) == target
         assert sorted(map(int, re.findall("[0-9]+", problem.answer))) == sorted(numbers)
-        assert problem.verify(problem.answer) == {"reward": 1.0, "exact": 1.0, "format": 1.0}
+        assert strict(problem.verify(problem.answer)) == {"reward": 1.0, "exact": 1.0, "format": 1.0}
 
 
 def test_countdown_train_and_test_are_disjoint_in_numbers_and_target():
@@ -478,7 +489,7 @@ def test_countdown_file():
             problem = task.problem(split, index, index)
             assert problem.prompt == f"{row['input']}={row['output']}"
             assert value_of(problem.answer) == int(row["output"])
-            assert problem.verify(problem.answer) == {"reward": 1.0, "exact": 1.0, "format": 1.0}
+            assert strict(problem.verify(problem.answer)) == {"reward": 1.0, "exact": 1.0, "format": 1.0}
         assert task.problem("test", 0, index + 12).prompt == problem.prompt  # the rows come round again
     assert set(task.chance) == {"exact", "format"}
 
@@ -560,7 +571,7 @@ def test_countdown_verdicts(numbers, target, text, exact, form):
     started = time.thread_time()
     verdict = verify_countdown(numbers, target, 0.1, text)
     assert time.thread_time() - started < 1.0
-    assert verdict == {"reward": 1.0 if exact else 0.1 * form, "exact": exact, "format": form}
+    assert strict(verdict) == {"reward": 1.0 if exact else 0.1 * form, "exact": exact, "format": form}
     assert verify_countdown(numbers, target, 0.0, text)["reward"] == exact
 
 
@@ -590,7 +601,7 @@ def test_evaluation_is_pythons_in_exact_arithmetic(expression):
     assert evaluate(expression, (*numbers[:2], numbers[2] + 1)) is None
     if expected is not None and expected.denominator == 1:
         verdict = verify_countdown(numbers, int(expected), 0.1, f"<answer>{expression}</answer>")
-        assert verdict == {"reward": 1.0, "exact": 1.0, "format": 1.0}
+        assert strict(verdict) == {"reward": 1.0, "exact": 1.0, "format": 1.0}
         assert verify_countdown(numbers, int(expected) + 1, 0.1, expression)["exact"] == 0.0
 
 
@@ -602,7 +613,7 @@ SOUP += [SOLUTION, PUZZLE, "²", "×", "−", "３", "İ", "\x00", "\ud800", "ro
 
 def checked_sudoku(text: str) -> dict:
     verdict = verify_sudoku(PUZZLE, SOLUTION, "cell", text)
-    assert set(verdict) == {"reward", "exact", "cell"}
+    assert set(verdict) == {"reward", "exact", "cell", "cell_published"}
     assert all(type(x) is float and 0 <= x <= 1 for x in verdict.values())
     assert (verdict["reward"] == 1) == (verdict["exact"] == 1)
     if verdict["reward"]:  # whatever is rewarded names the givens
@@ -614,11 +625,11 @@ def checked_sudoku(text: str) -> dict:
 
 def checked_countdown(text: str) -> dict:
     verdict = verify_countdown((2, 3, 4), 5, 0.1, text)
-    assert set(verdict) == {"reward", "exact", "format"}
+    assert set(verdict) == {"reward", "exact", "format", "exact_published"}
     assert all(type(x) is float and 0 <= x <= 1 for x in verdict.values())
     assert verdict["reward"] == (1.0 if verdict["exact"] else 0.1 * verdict["format"])
     if verdict["format"]:  # whatever is rewarded is an expression for Python too, with the same value
-        expression = answer_part(text).strip().translate(str.maketrans("×−÷", "*-/"))
+        expression = answer_part(text).strip('$`*"\n\r\t\f\v .').translate(str.maketrans("×−÷xX[]{}", "*-/**()()"))
         assert (value_of(f"({expression})") == 5) == verdict["exact"]
         assert sorted(map(int, re.findall("[0-9]+", expression))) == [2, 3, 4]
     return verdict

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.keys import real
+
 
 def low_confidence(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
     """LLaDA's order: the proposals with the highest log-probability at temperature 1 first."""
@@ -33,5 +35,5 @@ def margin_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> T
 def perturb(priority: Tensor, temperature: float, u: Tensor) -> Tensor:
     """Dream's ``alg_temp``: the k first of what comes out are k draws without replacement with probabilities
     softmax(priority / temperature) (Gumbel top-k). [n], uniforms [n] -> [n]."""
-    gumbel = -torch.log(-torch.log(u.double().clamp(min=2.0**-54)))
+    gumbel = -torch.log(-torch.log(u.to(real(u.device)).clamp(min=2.0**-54)))
     return priority / temperature + gumbel.to(priority.dtype)

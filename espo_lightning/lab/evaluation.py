@@ -16,10 +16,12 @@ from espo_lightning.tasks.judge import judge_all
 from espo_lightning.training.strategies import weights_in
 
 
-def solve(policy: Policy, problems: list[Problem], keys: Tensor, decoding: Decoder) -> tuple[list[str], list[Verdict]]:
-    """Decode one completion per problem with keys [B], and judge it: texts and verdicts."""
+def solve(
+    policy: Policy, problems: list[Problem], keys: Tensor, decoding: Decoder, *, must_work: bool = False
+) -> tuple[list[str], list[Verdict]]:
+    """Decode one completion per problem with keys [B], and judge it (`judge_all`): texts and verdicts."""
     texts = policy.decode(decoding.generate(policy, policy.encode([p.prompt for p in problems]), keys))
-    return texts, judge_all(problems, texts)
+    return texts, judge_all(problems, texts, must_work=must_work)
 
 
 def as_json(decoding: Decoding) -> dict:

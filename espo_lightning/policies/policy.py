@@ -174,15 +174,19 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def tokens(self, prompts: list[str | Messages]) -> list[list[int]]:
+        """Token ids of chat-templated prompts, each as long as it is. A string is one user turn."""
+        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
     def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
-        """Chat-templated, left-padded prompts. A string is one user turn.
+        """`tokens`, left-padded to one width.
 
         Raises:
             ValueError: a prompt is longer than ``max_length`` tokens; nothing is ever truncated silently.
         """
-        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = self.tokens(prompts)
         width = max(map(len, rows))
         if max_length is not None and width > max_length:
             worst = max(range(len(rows)), key=lambda i: len(rows[i]))

@@ -1,11 +1,10 @@
 """What a task is: problems drawn from (seed, index), each with its own verifier. Standard library only."""
 
-import math
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 Messages = list[dict[str, str]]
 Verdict = dict[str, float]  # "reward", which RL maximises, and the task's own metrics
@@ -20,36 +19,21 @@ class Problem(NamedTuple):
 
     prompt: one user turn, or a list of chat messages.
     verify: completion text -> `Verdict`. Pure, silent and total: no text makes it raise, print or hang.
-    answer: a demonstration for supervised training.
+    answer: a demonstration for supervised training; empty if there is none.
+    cluster: problems that share it are not independent of one another, such as puzzles of one solution; intervals are
+        over clusters. Empty: problems of the same prompt share one.
     """
 
     prompt: str | Messages
     verify: Callable[[str], Verdict]
     answer: str
-
-
-def checked(verify: Callable[[str], Verdict], text: str) -> tuple[Verdict, str]:
-    """The verdict as floats plus "failed", and why it failed, "" if it did not.
-
-    A verifier that raises, or whose verdict has no reward or a value that is no finite number, costs one completion its
-    reward (``{"failed": 1, "reward": 0}``) and nothing else.
-
-    Raises:
-        VerifierUnavailable: from the verifier.
-    """
-    try:
-        verdict = {key: float(value) for key, value in verify(text).items()}
-        wrong = [f"{key} is {value}" for key, value in verdict.items() if not math.isfinite(value)]
-        cause = ", ".join(wrong) if "reward" in verdict else "its verdict has no reward"
-    except VerifierUnavailable:
-        raise
-    except (Exception, SystemExit) as error:  # functions of users are not trusted to be total
-        cause = f"{type(error).__name__}: {error}"
-    return ({"failed": 1.0, "reward": 0.0}, cause) if cause else ({"failed": 0.0, **verdict}, "")
+    cluster: str = ""
 
 
 class Task(ABC):
     """A stream of problems."""
+
+    DEMONSTRATION = "answer"  # what a message calls the part of a problem that supervised training learns
 
     @property
     def chance(self) -> dict[str, float]:
@@ -63,6 +47,17 @@ class Task(ABC):
     def check_host(self) -> None:  # noqa: B027, as most verifiers run everywhere
         """Raise VerifierUnavailable if this host cannot run the verifiers; asked before a run starts."""
 
+    def inspect(self, split: str) -> Iterator[tuple[str, Problem | Exception]]:
+        """Every problem of a finite split with the place where it stands, or in its place why there is none.
+
+        Nothing for a split that is drawn without end. Asked before a run starts, so that no row ends it in the middle.
+        """
+        for index in range(self.size(split) or 0):
+            try:
+                yield f"{split} problem {index}", self.problem(split, 0, index)
+            except Exception as error:
+                yield f"{split} problem {index}", error
+
     @abstractmethod
     def problem(self, split: str, seed: int, index: int) -> Problem:
         """Problem ``index`` of an endless stream; a function of its arguments only. split: "train" or "test"."""
@@ -71,6 +66,35 @@ class Task(ABC):
 def rng(*key: int | str) -> random.Random:
     """A local generator that depends on the key only (strings are seeded by their bytes, not by ``hash``)."""
     return random.Random("/".join(map(str, key)))
+
+
+T = TypeVar("T")
+
+
+class Distinct(Generic[T]):
+    """The different values among draw(0), draw(1), ..., in that order, drawn when first needed.
+
+    After ``patience`` draws in a row without anything new there are no more, and they come round again.
+
+    Args:
+        key: values of one key are the same.
+    """
+
+    def __init__(self, draw: Callable[[int], T], key: Callable[[T], Hashable] = lambda value: value, patience=1000):
+        self.draw, self.key, self.patience = draw, key, patience
+        self.values: list[T] = []
+        self.seen: set[Hashable] = set()
+        self.drawn = self.last_new = 0
+
+    def __getitem__(self, index: int) -> T:
+        while len(self.values) <= index and self.drawn - self.last_new <= self.patience:
+            value = self.draw(self.drawn)
+            self.drawn += 1
+            if self.key(value) not in self.seen:
+                self.seen.add(self.key(value))
+                self.values.append(value)
+                self.last_new = self.drawn
+        return self.values[index % len(self.values)]
 
 
 def answer_part(text: str) -> str:

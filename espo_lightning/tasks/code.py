@@ -6,40 +6,22 @@ HumanEval: Chen et al. 2021; MBPP: Austin et al. 2021; the plus forms: Liu et al
 """
 
 import ast
-import builtins
-import re
-import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 from espo_lightning.tasks.base import Messages, Problem, Verdict
-from espo_lightning.tasks.rows import Row, RowTask
+from espo_lightning.tasks.checks import asserts, needed_names, split_tests, trusted_setup
+from espo_lightning.tasks.files import Line, Row, checked_lines
+from espo_lightning.tasks.programs import assemble, bare_code, extract_code
+from espo_lightning.tasks.rows import RowTask
 from espo_lightning.tasks.sandbox import run as sandbox
 
 SYSTEM = (
     "You are an expert Python programmer. Think first if you need to, then give your whole solution as the last part "
     "of your answer, in exactly one fenced block:\n```python\n# your code\n```"
 )
-TEXT_LIMIT = 100_000  # characters of a completion that are read
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL)
-
-
-def extract_code(text: str) -> str | None:
-    """The last closed fenced block of a completion, or None. An opening fence that is never closed does not count."""
-    blocks = FENCE.findall(text[:TEXT_LIMIT])
-    return blocks[-1].replace("\r\n", "\n") if blocks else None
-
-
-def assemble(head: str, entry_point: str, code: str) -> str:
-    """The program to judge. ``head``: a function signature with its docstring (HumanEval), or "".
-
-    Code that defines the entry point comes after the head, which lends its imports and helpers; anything else is taken
-    for the body and continues it.
-    """
-    if head and not re.search(rf"^\s*(async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE):
-        return head + code
-    return f"{head}\n    pass\n\n{code}" if head else code
+NOTHING_TIMEOUT = 10.0  # seconds for the program that does nothing: tests may compute what they expect
 
 
 def judge(
@@ -58,31 +40,26 @@ def judge(
 ) -> Verdict:
     """Run a completion against tests.
 
-    passed: share of the tests passed. exact: all passed. format: 0 no closed fence, 0.5 a fence whose code does not
-    compile, 1 a fence that does. failed: 1 if a limit, a crash or the sandbox itself ended the run, timeout: 1 if that
-    was the time limit; tests that were passed before it still count. reward: ``passed``; with ``format_gate`` it is
-    format + passed, and without a fence nothing is executed (the paper's reward, in [0, 2]). Without the gate, text
-    without a fence is code as it is.
+    passed: share of the tests passed, without those that a program that does nothing passes (`counting_tests`). exact:
+    all passed. format: 0 no closed fence, 0.5 a fence whose code does not compile, 1 a fence that does. failed: 1 if a
+    limit, a crash or the sandbox itself ended the run, timeout: 1 if that was the time limit; tests that were passed
+    before it still count. reward: ``passed``; with ``format_gate`` it is format + passed, and without a fence nothing
+    is executed (the paper's reward, in [0, 2]). Without the gate, text without a fence is code as it is.
 
     Raises:
         SandboxUnavailable: this host cannot isolate programs; no text of a model can cause it.
     """
-    code = extract_code(text)
+    code = extract_code(text, (entry_point,) if entry_point else exports)
     if code is None and format_gate:
         return dict.fromkeys(("reward", "exact", "passed", "format", "failed", "timeout"), 0.0)
-    source = assemble(head, entry_point, text[:TEXT_LIMIT] if code is None else code)
-    result = sandbox.shared(allow_unsafe).test(
-        source,
-        tests,
-        setup=setup,
-        exports=exports,
-        modules=modules,
-        entry_point=entry_point,
-        timeout=timeout,
-        memory_mb=memory_mb,
-    )
+    source = assemble(head, entry_point, bare_code(text) if code is None else code)
+    fixed = dict(setup=setup, exports=exports, modules=modules, entry_point=entry_point)
+    result = sandbox.shared(allow_unsafe).test(source, tests, **fixed, timeout=timeout, memory_mb=memory_mb)
+    passed = 0.0
+    if any(result.passed):
+        counts = counting_tests(tests, *fixed.values(), allow_unsafe)
+        passed = sum(p for p, counted in zip(result.passed, counts) if counted) / max(1, sum(counts))
     form = 0.0 if code is None else 0.5 if result.status == "syntax" else 1.0
-    passed = sum(result.passed) / len(tests)
     return {
         "reward": passed + (form if format_gate else 0.0),
         "exact": float(all(result.passed)),
@@ -93,57 +70,21 @@ def judge(
     }
 
 
-def split_tests(body: list[ast.stmt]) -> tuple[str, ...]:
-    """Statements as separate tests; what only prepares (assignments, imports, definitions) goes with the next test.
-
-    Assertions of a constant are left out: some HumanEval tests hold ``assert True``, which any program passes.
-    """
-    tests, pending = [], []
-    for statement in body:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue
-        if isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant):
-            continue
-        pending.append(ast.unparse(statement))
-        prepares = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Import | ast.ImportFrom | ast.FunctionDef
-        calls_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
-        if not (isinstance(statement, prepares | ast.ClassDef | ast.Pass) or calls_print):
-            tests.append("\n".join(pending))
-            pending = []
-    return tuple(tests)
-
-
-def needed_names(scripts: list[str], defined: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(exports, modules): names that the scripts must take from the program, and standard modules they use.
-
-    Built-ins and modules are never taken from a program, or it could replace ``all`` or ``math.isclose``; except that a
-    top-level name of the reference solution ``defined`` may shadow a built-in (MBPP asks for a function ``sum``).
-    """
-    used, called, bound = set(), set(), set()
-    for node in ast.walk(ast.parse("\n".join(scripts))):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            called.add(node.func.id)
-    reference = {node.name for node in ast.parse(defined).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    free = (used - bound - set(dir(builtins))) | (used & reference)
-    modules = {name for name in free if name in sys.stdlib_module_names and name not in called | reference}
-    return tuple(sorted(free - modules)), tuple(sorted(modules))
-
-
-def parses(test: str) -> bool:
-    """Generated test sets hold a few assertions that are no Python; they would fail every program."""
-    try:
-        ast.parse(test)
-    except (SyntaxError, ValueError):
-        return False
-    return True
+@lru_cache(maxsize=100_000)
+def counting_tests(
+    tests: tuple[str, ...],
+    setup: str,
+    exports: tuple[str, ...],
+    modules: tuple[str, ...],
+    entry_point: str,
+    unsafe: bool,
+) -> tuple[bool, ...]:
+    """Which tests a program that does nothing fails: functions that take anything and return None. Run once."""
+    source = "".join(f"def {name}(*args, **kwargs): pass\n" for name in {*exports, entry_point} - {""})
+    result = sandbox.shared(unsafe).test(
+        source, tests, setup=setup, exports=exports, modules=modules, entry_point=entry_point, timeout=NOTHING_TIMEOUT
+    )
+    return tuple(not passed for passed in result.passed)
 
 
 @dataclass(frozen=True)
@@ -158,8 +99,8 @@ class CodeTask(RowTask):
     def check_host(self) -> None:
         sandbox.choose_backend(self.allow_unsafe)
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        question, answer, test = self.parts(self.row(split, seed, index))
+    def problem_of(self, row: Row) -> Problem:
+        question, answer, test = self.parts(row)
         prompt: Messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         options = {key: getattr(self, key) for key in ("format_gate", "timeout", "memory_mb", "allow_unsafe")}
         return Problem(prompt, partial(judge, **test, **options), f"```python\n{answer}\n```" if answer else "")
@@ -184,7 +125,7 @@ class HumanEval(CodeTask):
         head, entry_point = str(row["prompt"]), str(row["entry_point"])
         module = ast.parse(str(row["test"]))
         (check,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check")
-        tests = split_tests(check.body)
+        tests = split_tests(check.body, module.body)
         if any(isinstance(node, ast.Return) for node in ast.walk(check)) or not tests:
             tests = ("check(candidate)",)  # cannot be taken apart
         test = dict(
@@ -201,15 +142,18 @@ class HumanEval(CodeTask):
 class MBPP(CodeTask):
     """MBPP and MBPP+: a sentence and assertions. Arguments: `RowTask`, `CodeTask`."""
 
-    NEEDED = ("code", "test_list")
+    NEEDED = ("code", "test_list", "text|prompt")
+    LISTS = ("test_list",)
     HUB = MappingProxyType({split: ("google-research-datasets/mbpp", "full", split) for split in ("train", "test")})
 
     def parts(self, row: Row) -> tuple[str, str, dict]:
         code = str(row["code"]).replace("\r\n", "\n")
         shown = list(row["test_list"])
         setup = "\n".join([*row.get("test_imports", ()), str(row.get("test_setup_code") or "")])
-        tests = split_tests(ast.parse(str(row["test"])).body) if row.get("test") else tuple(shown)  # MBPP+ has a script
+        tests = split_tests(ast.parse(str(row["test"])).body) if row.get("test") else ()  # MBPP+ has a script
+        tests = tests or tuple(filter(asserts, shown)) or tuple(shown)
         exports, modules = needed_names([setup, *tests], code)
+        setup = f"{trusted_setup([setup, *tests], code)}\n{setup}".lstrip("\n")
         test = dict(tests=tests, setup=setup, exports=exports, modules=modules)
         return with_test(str(row.get("text") or row["prompt"]), shown), code, test
 
@@ -224,18 +168,18 @@ class AceCode(CodeTask):
 
     HUB = MappingProxyType({"train": ("TIGER-Lab/AceCode-87K", None, "train")})
     NEEDED = COLUMNS = ("question", "test_cases")  # the recorded completions beside them are 5 GB
+    LISTS = ("test_cases",)
 
-    def _load(self, split: str) -> list[Row]:
-        rows = super()._load(split if self.path else "train")
-        if self.path is None:
-            cut = len(rows) - round(len(rows) * self.held_out)
-            rows = rows[:cut] if split == "train" else rows[cut:]
-        return [row for row in rows if any(map(parses, row["test_cases"]))]
+    def _load(self, split: str) -> list[Line]:
+        lines = super()._load(split if self.path else "train")
+        lines = checked_lines(lines if self.path else self._held_out(split, lines), self.check_row)
+        return [line for line in lines if line.row is None or any(map(asserts, line.row["test_cases"]))]
 
     def parts(self, row: Row) -> tuple[str, str, dict]:
-        tests = tuple(filter(parses, row["test_cases"]))
-        exports, modules = needed_names(list(tests))
-        return with_test(str(row["question"]), list(tests)), "", dict(tests=tests, exports=exports, modules=modules)
+        tests = tuple(filter(asserts, row["test_cases"]))
+        exports, modules = needed_names(tests)
+        test = dict(tests=tests, setup=trusted_setup(tests), exports=exports, modules=modules)
+        return with_test(str(row["question"]), list(tests)), "", test
 
 
 def with_test(question: str, tests: list[str]) -> str:

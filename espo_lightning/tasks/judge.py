@@ -8,7 +8,8 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 
-from espo_lightning.tasks.base import Problem, Verdict, checked
+from espo_lightning.tasks.base import Problem, Verdict
+from espo_lightning.tasks.verifiers import Failed, check_works, checked, name_of
 
 LIMIT = 120.0  # seconds for one verifier; those of this library end themselves long before
 
@@ -24,7 +25,8 @@ def judge(problem: Problem, text: str) -> Verdict:
     verdict, cause = checked(problem.verify, text)
     if cause:
         _warn(text, cause)
-    return {"timeout": 0.0, **verdict}
+    complete = {"timeout": 0.0, **verdict}
+    return Failed(complete, verdict.causes) if isinstance(verdict, Failed) else complete
 
 
 def _warn(text: str, cause: str) -> None:
@@ -32,7 +34,12 @@ def _warn(text: str, cause: str) -> None:
 
 
 def judge_all(
-    problems: Sequence[Problem], texts: Sequence[str], limit: float = LIMIT, threads: int | None = None
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    limit: float = LIMIT,
+    threads: int | None = None,
+    *,
+    must_work: bool = False,
 ) -> list[Verdict]:
     """`judge` every text of its problem, in parallel; the verdicts in the order of the texts.
 
@@ -44,9 +51,11 @@ def judge_all(
     Args:
         limit: seconds for one verifier.
         threads: verifiers at a time, default the CPUs, as many as the sandbox runs programs at a time.
+        must_work: refuse a verifier that fails on every text; for the first rollout.
 
     Raises:
         ValueError: not as many texts as problems.
+        BrokenVerifier: with ``must_work``, see `check_works`.
         VerifierUnavailable: see `judge`.
     """
     if len(problems) != len(texts):
@@ -78,8 +87,10 @@ def judge_all(
             except queue.Empty:
                 now = time.monotonic()
                 for index in [i for i, then in list(started.items()) if i not in verdicts and now - then > limit]:
-                    _warn(texts[index], f"no verdict after {limit:g} s")
-                    verdicts[index] = {"timeout": 1.0, "failed": 1.0, "reward": 0.0}
+                    cause = f"no verdict after {limit:g} s"
+                    _warn(texts[index], cause)
+                    late = {name_of(problems[index].verify): cause}
+                    verdicts[index] = Failed({"timeout": 1.0, "failed": 1.0, "reward": 0.0}, late)
                     start(1)  # in the place of the one that hangs
                 continue
             if isinstance(verdict, BaseException):
@@ -87,4 +98,7 @@ def judge_all(
             verdicts.setdefault(index, verdict)  # one that was given up may still come
     finally:
         waiting.clear()  # after an error or Ctrl-C, start no more
-    return [verdicts[index] for index in range(len(texts))]
+    judged = [verdicts[index] for index in range(len(texts))]
+    if must_work:
+        check_works(judged)
+    return judged

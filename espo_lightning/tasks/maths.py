@@ -1,15 +1,9 @@
 r"""GSM8K and MATH: one pure verifier, from plain numbers in microseconds to math-verify in a killable worker.
 
-The answer of a completion is, in this order:
-
-1. the last complete ``\boxed{...}`` (braces balanced) or ``\fbox{...}``;
-2. whatever comes last of ``#### ...`` and "(the) answer is ..." / "answer: ...", to the end of the sentence or line;
-3. for GSM8K only: the last number, where a hyphen between digits is no sign and a time of day ("7 pm") does not count.
-
-It is compared with the gold answer: equal text after cleaning, or equal numbers (exact fractions; thousands commas,
-currency, per cent and degree signs and units are dropped), or equal for math-verify with the gold answer first.
-math-verify's own time limits need SIGALRM and do nothing outside a main thread; here a worker process is killed, after
-a second of processor time, so that a verdict does not depend on what else the machine does.
+`answers` says where the answer of a completion stands, `grammar` what it means, `equivalence` when it equals the gold
+answer; docs/verifiers.md has the conventions. Whole numbers and fractions are compared here. All else goes to a worker
+process with math-verify, whose own time limits need SIGALRM and do nothing outside a main thread; it is killed after a
+second of processor time, so that a verdict does not depend on what else the machine does.
 GSM8K: Cobbe et al. 2021. MATH: Hendrycks et al. 2021, test set of Lightman et al. 2023. Prompt as in the paper.
 """
 
@@ -25,127 +19,75 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from espo_lightning.tasks.answers import TEXT_LIMIT, boxed, boxes, copies, locate
 from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
+from espo_lightning.tasks.files import Row
+from espo_lightning.tasks.grammar import read
 from espo_lightning.tasks.maths_inner import REPLY, REQUEST
+from espo_lightning.tasks.notation import form
 from espo_lightning.tasks.rows import RowTask
+from espo_lightning.tasks.trees import exact
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-TEXT_LIMIT = 20_000  # characters of a completion that are read, from its end
-ANSWER_LIMIT = 300  # characters of an answer; a longer one is wrong (the longest of MATH-500 has 53)
 STALL = 30.0  # seconds of wall time until a worker that uses no processor time is given up
 START_TIMEOUT = 300.0  # seconds for a worker to import sympy
 MEMORY_MB = 1024
 REQUESTS_PER_CHILD = 1000  # then it is replaced, as sympy's caches grow
+INNER = Path(__file__).with_name("maths_inner.py")
 Outcome = Literal["equal", "different", "failed", "timeout"]
 OUTCOMES: dict[int, Outcome] = {1: "equal", 0: "different", -1: "failed"}  # of `maths_inner`
 
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40}"
-NUMBER = re.compile(rf"([-+]?)({DIGITS})(?:/([0-9]{{1,40}}))?")
-FRACTION = re.compile(r"([-+]?)\\frac\{([-+]?[0-9]{1,40})\}\{([0-9]{1,40})\}")
-IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}.])-)?(?<![\w.,/])(?:{DIGITS})(?:/[0-9]{{1,40}})?(?![0-9])", re.ASCII)
-CLOCK = re.compile(r"(?::[0-9]{2})?\s?[ap]\.?m\b", re.IGNORECASE)
-MARKER = re.compile(r"####|\banswer\s{0,4}(?:is|:|=)(?:\s{0,4}:)?", re.IGNORECASE)
-LEADING = re.compile(
-    rf"\\?\$?-?\\?\$?(?:{DIGITS})(?:/[0-9]{{1,40}})?(?=\s*(?:$|[.;:!?)](?!\d)|,(?!\s*[-\\\d(])|\\?%|[^\W\d_]{{2}}))"
-)
-UNIT = re.compile(r"\s*\\(?:text|mathrm|mbox|textbf)\s?\{[^{}]*\}$|\s+[A-Za-z]{2,}[A-Za-z ]*$")
-NOT_UNITS = {"pi", "hundred", "thousand", "million", "billion", "trillion", "dozen", "squared", "cubed"}
 
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` or ``\fbox{...}`` whose braces close, or None. Linear in the text."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s{0,4}\{", text))):
-        depth = 1
-        for place in range(match.end(), min(len(text), match.end() + ANSWER_LIMIT + 1)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[match.end() : place]
-    return None
-
-
-def marked(text: str) -> str | None:
-    """What follows the last "####" or "answer is", up to the end of its sentence or line, or None."""
-    markers = list(MARKER.finditer(text))
-    if not markers:
-        return None
-    lines = text[markers[-1].end() : markers[-1].end() + ANSWER_LIMIT].strip().splitlines()
-    rest = re.sub(r"^[\s*_:]+", "", lines[0]) if lines else ""
-    if number := LEADING.match(rest):
-        return number.group()
-    if math := re.match(r"\$([^$]+)\$", rest):
-        return math.group(1)
-    return re.split(r"\.(?:\s|$)", rest)[0].strip(" *_")
-
-
-def last_number(text: str) -> str | None:
-    numbers = [n for n in IN_TEXT.finditer(text) if not CLOCK.match(text, n.end())]
-    return numbers[-1].group() if numbers else None
-
-
-def clean(answer: str) -> str:
-    r"""Without spaces, ``\left``, dollar signs, ``\text`` and the like, which change how an answer looks only."""
-    answer = answer.strip().rstrip(".").replace("−", "-").replace("{,}", ",")
-    answer = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;: ]|\\?\$|~", "", answer)
-    answer = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s?\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
-    return re.sub(r"\s+", "", answer)
-
-
-def number(answer: str) -> Fraction | None:
-    """The value of a plain number or fraction without its currency, per cent or degree sign and unit, or None."""
-    unit = UNIT.search(answer.strip().rstrip("."))
-    if unit and not NOT_UNITS & set(re.findall("[a-z]+", unit.group().lower())):
-        answer = answer.strip()[: unit.start()]
-    plain = re.sub(r"\^\{?\\circ\}?$|\\?%$", "", clean(answer))
-    if match := NUMBER.fullmatch(plain) or FRACTION.fullmatch(plain):
-        sign, above, below = match.groups()
-        if below is None or int(below) != 0:
-            value = Fraction(above.replace(",", "")) / int(below or 1)
-            return -value if sign == "-" else value
-    return None
-
-
-def extract(text: str, numbers: bool) -> str | None:
-    """The answer of a completion, see the module's docstring. ``numbers``: fall back to the last number."""
-    text = text[-TEXT_LIMIT:]
-    for found in (boxed(text), marked(text)):
-        if found is not None:
-            return found
-    return last_number(text) if numbers else None
-
-
-def verify_math(text: str, gold: str, numbers: bool = False) -> Verdict:
+def verify_math(
+    text: str, gold: str, numbers: bool = False, question: str | None = None, copied: float = 1.0
+) -> Verdict:
     """Score a completion against a gold answer.
 
     exact: the answers are equal, which is the reward. format: there is a complete box. failed: the comparison ran out
     of time (timeout: 1 as well) or memory or crashed, and scored 0. Equal input, equal verdict; no text takes longer
     than a second of processor time, plus the wait for a free worker.
+
+    Args:
+        numbers: GSM8K: the last number is the answer where nothing marks one.
+        question: adds the metric "copied": 1 if the answer is an expression of the question, not worked out.
+        copied: what such an answer is worth where it is right: 1 as in the benchmarks, 0 for training, where a policy
+            otherwise learns to read nothing.
     """
-    answer = extract(text, numbers)
-    verdict = {"reward": 0.0, "exact": 0.0, "format": float(boxed(text[-TEXT_LIMIT:]) is not None)}
+    answer = locate(text, numbers)
+    verdict = {"reward": 0.0, "exact": 0.0, "format": float(bool(boxes(text[-TEXT_LIMIT:])))}
     verdict |= {"failed": 0.0, "timeout": 0.0}
-    if answer is None or not answer.strip() or len(answer) > ANSWER_LIMIT:
+    if question is not None:
+        verdict["copied"] = float(answer is not None and copies(answer, question, gold))
+    if answer is None:
         return verdict
-    values = number(gold), number(answer)
-    if clean(answer) == clean(gold) or (values[0] is not None and values[0] == values[1]):
-        outcome = "equal"
-    elif None not in values:
-        outcome = "different"
-    else:
-        outcome = _workers().compare(gold, answer)
+    outcome = compare(gold, answer)
     equal, timeout = float(outcome == "equal"), float(outcome == "timeout")
     return verdict | {
-        "reward": equal,
+        "reward": equal * (copied if verdict.get("copied") else 1.0),
         "exact": equal,
         "failed": max(timeout, float(outcome == "failed")),
         "timeout": timeout,
     }
+
+
+def compare(gold: str, answer: str) -> Outcome:
+    """Equal as they look, or as numbers, or for the worker; an answer that is not read as a whole is different."""
+    trees = read(gold), read(answer)
+    looks, measured = form(answer), [tree is not None and tree[0] == "quantity" for tree in trees]
+    if looks and looks == form(gold) and measured[0] == measured[1]:  # "5 m" has a unit, 5m has not
+        return "equal"
+    if None in trees:
+        return "different"
+    values = [exact(tree[1] if tree[0] == "quantity" and tree[2] == "" else tree) for tree in trees]
+    if None not in values:
+        return "equal" if values[0] == values[1] else "different"
+    return _workers().compare(gold, answer)
 
 
 class _Worker:
@@ -153,7 +95,8 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("maths_inner.py")), str(MEMORY_MB)],
+            # -I: no PYTHON* of the caller. Its sys.path goes along, as PYTHONPATH may be where math-verify is.
+            [sys.executable, "-I", str(INNER), str(MEMORY_MB), json.dumps([os.path.abspath(p) for p in sys.path])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -185,7 +128,10 @@ class _Worker:
 
     def compare(self, gold: str, answer: str) -> Outcome:
         """Judge one pair. Raises OSError if the worker cannot be had at all."""
-        body = json.dumps([gold, answer]).encode()
+        trees = read(gold), read(answer)
+        if None in trees:
+            return "different"
+        body = json.dumps(trees).encode()
         self.request += 1
         message = REQUEST.pack(len(body), self.request) + body
         self.process.stdin.write(message)
@@ -270,33 +216,63 @@ def _workers() -> Workers:
         return _pools[os.getpid()]
 
 
-class GSM8K(RowTask):
-    """Grade-school mathematics: the gold answer is the number after "####". See `RowTask` for the arguments."""
+@dataclass(frozen=True)
+class MathTask(RowTask):
+    """copied: what a right answer is worth that is an expression of the question, not worked out, see `verify_math`."""
+
+    copied: float = 1.0
+
+    def check_host(self) -> None:
+        """Raises VerifierUnavailable where math-verify cannot be started."""
+        _workers().compare("x+x", "2x")
+
+
+@dataclass(frozen=True)
+class GSM8K(MathTask):
+    """Grade-school mathematics: the gold answer is the number after "####". Arguments: `RowTask`, `MathTask`."""
 
     NEEDED = ("question", "answer")
     HUB = MappingProxyType({split: ("openai/gsm8k", "main", split) for split in ("train", "test")})
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        row = self.row(split, seed, index)
-        reasoning, gold = str(row["answer"]).rsplit("####", 1)
+    def check_row(self, row: Row) -> None:
+        super().check_row(row)
+        if not row["answer"].rpartition("####")[2].strip() or "####" not in row["answer"]:
+            raise ValueError(f"has an 'answer' without a number after '####': {row['answer'][-60:]!r}")
+
+    def problem_of(self, row: Row) -> Problem:
+        reasoning, _, gold = str(row["answer"]).rpartition("####")
         gold = gold.strip().replace(",", "")
         answer = re.sub(r"<<[^<>]*>>", "", reasoning).strip() + f"\n\\boxed{{{gold}}}"  # without calculator marks
-        prompt = f"{row['question']}\n{INSTRUCTION}"
-        return Problem(prompt, partial(verify_math, gold=gold, numbers=True), answer)
+        question = str(row["question"])
+        verify = partial(verify_math, gold=gold, numbers=True, question=question, copied=self.copied)
+        return Problem(f"{question}\n{INSTRUCTION}", verify, answer)
 
 
-class MATH(RowTask):
-    """Competition mathematics; the gold answer is the row's ``answer``, or the last box of its ``solution``."""
+@dataclass(frozen=True)
+class MATH(MathTask):
+    """Competition mathematics; the gold answer is the row's ``answer``, or the last box of its ``solution``.
+
+    Arguments: `RowTask`, `MathTask`.
+    """
 
     NEEDED = ("problem", "solution")
     HUB = MappingProxyType(
         {"train": ("ankner/math-500", None, "train"), "test": ("HuggingFaceH4/MATH-500", None, "test")}
     )
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
-        row = self.row(split, seed, index)
-        solution = str(row["solution"])
-        gold = row.get("answer") or boxed(solution)
-        if gold is None:
-            raise ValueError(f"MATH row without answer or box: {str(row['problem'])[:80]!r}")
-        return Problem(f"{row['problem']}\n{INSTRUCTION}", partial(verify_math, gold=str(gold)), solution)
+    def check_row(self, row: Row) -> None:
+        super().check_row(row)
+        if not self.gold(row):
+            raise ValueError(f"has no 'answer', and no box in its 'solution': {row['solution'][-60:]!r}")
+
+    def gold(self, row: Row) -> str:
+        """The row's answer, which may be a number, or else what its solution boxes; or ""."""
+        answer = row.get("answer")
+        if answer is not None and str(answer).strip():
+            return str(answer)
+        return (boxed(row["solution"]) or "").strip()
+
+    def problem_of(self, row: Row) -> Problem:
+        question, solution = str(row["problem"]), str(row["solution"])
+        verify = partial(verify_math, gold=self.gold(row), question=question, copied=self.copied)
+        return Problem(f"{question}\n{INSTRUCTION}", verify, solution)

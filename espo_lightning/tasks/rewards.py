@@ -7,12 +7,14 @@ A verifier is any ``text -> Verdict``. In Python::
 `Weighted` does the same to every problem of a task, with the parts named in YAML by import path.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 
-from espo_lightning.tasks.base import Problem, Task, Verdict, checked
+from espo_lightning.tasks.base import Problem, Task, Verdict
+from espo_lightning.tasks.verifiers import Failed, check_signature, checked
 
 Verifier = Callable[[str], Verdict]
 
@@ -25,15 +27,17 @@ def weighted(text: str, parts: Mapping[str, tuple[float, Verifier]]) -> Verdict:
     first part that has one, so that evaluations stay comparable.
     """
     total: Verdict = {"reward": 0.0, "failed": 0.0, "timeout": 0.0}
+    causes: dict[str, str] = {}
     for name, (weight, verifier) in parts.items():
         verdict, _ = checked(verifier, text)
+        causes |= verdict.causes if isinstance(verdict, Failed) else {}
         total["reward"] += weight * verdict["reward"]
         for key in ("failed", "timeout"):
             total[key] = max(total[key], verdict.get(key, 0.0))
         if "exact" in verdict:
             total.setdefault("exact", verdict["exact"])
         total |= {f"{name}/{key}": value for key, value in verdict.items()}
-    return total
+    return Failed(total, causes) if causes else total
 
 
 def tags(text: str) -> Verdict:
@@ -51,7 +55,7 @@ def brevity(text: str, free: int = 0, limit: int = 1000) -> Verdict:
     return {"reward": -min(1.0, max(0, len(text) - free) / (limit - free))}
 
 
-def load(path: str) -> Verifier:
+def imported(path: str) -> Callable:
     """The function at an import path like ``package.module.function``. Raises ValueError if there is none."""
     module, _, name = path.rpartition(".")
     try:
@@ -60,6 +64,13 @@ def load(path: str) -> Verifier:
         raise ValueError(f"{path!r} is no import path of a verifier (package.module.function): {error}") from error
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, not a function text -> verdict")
+    return found
+
+
+def load(path: str) -> Verifier:
+    """The function of a text at an import path. Raises ValueError if there is none, or it takes something else."""
+    found = imported(path)
+    check_signature(found, "text")
     return found
 
 
@@ -75,7 +86,7 @@ class Weighted(Task):
     logged under the function's name.
 
     Raises:
-        ValueError: a path that leads to no function; two rewards of one name.
+        ValueError: a path that leads to no function of a text; two rewards of one name; a weight that is no number.
     """
 
     task: Task
@@ -86,14 +97,23 @@ class Weighted(Task):
         names = ["task", *map(_name, self.extra)]
         if len(set(names)) < len(names):
             raise ValueError(f"two rewards share a name: {names}")
+        if wrong := [weight for weight in (self.weight, *self.extra.values()) if not math.isfinite(weight)]:
+            raise ValueError(f"weights are finite numbers, got {wrong[0]}")
         for path in self.extra:
             load(path)
+
+    @property
+    def DEMONSTRATION(self) -> str:
+        return self.task.DEMONSTRATION
 
     def size(self, split: str) -> int | None:
         return self.task.size(split)
 
     def check_host(self) -> None:
         self.task.check_host()
+
+    def inspect(self, split: str) -> Iterator[tuple[str, Problem | Exception]]:
+        return self.task.inspect(split)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         inner = self.task.problem(split, seed, index)

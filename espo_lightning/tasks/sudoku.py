@@ -1,15 +1,18 @@
 """4x4 Sudoku: the paper's planning task, with a split that is disjoint in the solution grids."""
 
-import csv
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import permutations, product
 from math import factorial, prod
 from random import Random
 from typing import Literal
 
-from espo_lightning.tasks.base import Problem, Task, Verdict, answer_part, rng
+from espo_lightning.tasks.base import Distinct, Problem, Task, Verdict, rng
+from espo_lightning.tasks.files import Line, Row, check_columns, checked_lines, good, readable
+from espo_lightning.tasks.offered import offered
+from espo_lightning.tasks.published import sudoku_cells
 
 INSTRUCTION = """Solve a 4x4 Sudoku. The puzzle is a string of 16 digits, read row by row; 0 marks an empty cell.
 Rules: fill every empty cell with a digit from 1 to 4, so that each row, each column and each of the four \
@@ -49,34 +52,81 @@ _UNITS = (
 )
 
 
+LABEL = re.compile(
+    r"\b(?:row|line)[ \t]{0,4}#?[1-4]\b[ \t]{0,4}[:.)=|-]?|\br[ \t]?[1-4][ \t]{0,4}[:.)=|]", re.IGNORECASE
+)
+NUMBERED = re.compile(r"\W{0,4}([1-4])\s?[.):|\]]\s(.*)")  # of a list: "1. 2 4 3 1"
+BETWEEN = re.compile(r"[\s,;|&*_\[\](){}\\.+'\"-]+")  # what may stand between the digits of a row
+REMARKS = 3  # digits beside a clear grid ("in 12 steps"); four would make another row
+
+
 def parse_grid(text: str) -> str | None:
     """The 16 digits of an answer, or None.
 
-    Labels and layout are fine (four groups of four digits, or 16 digits with any separators); more or
-    fewer digits are not, so that nothing can be gained from a correct prefix. ASCII digits only.
+    Layout is free: 16 digits with any separators, or four rows of four, also with labels ("Row 1:", "1.") and a remark.
+    More or fewer digits are not, so that nothing can be gained from a correct prefix; a second grid, or part of one,
+    makes a hedge, which is no answer. ASCII digits only. `offered` says where the answer stands.
     """
-    answer = answer_part(text)
-    rows = re.findall(r"(?<![0-9])[0-9]{4}(?![0-9])", answer)
-    digits = "".join(rows) if len(rows) == 4 else re.sub(r"[^0-9]", "", answer)
-    return digits if len(digits) == 16 else None
+    answer = offered(text, _grid_in)
+    return None if answer is None else _grid_in(answer)
+
+
+def _grid_in(answer: str) -> str | None:
+    answer = LABEL.sub("\n", answer)
+    lines = [line for line in answer.splitlines() if re.search("[0-9]", line)]
+    items = [match.groups() for line in lines[:5] if (match := NUMBERED.match(line))]
+    rests = [re.sub("[^0-9]", "", rest) for _, rest in items]
+    if len(lines) == 4 and [label for label, _ in items] == list("1234") and {len(rest) for rest in rests} == {4}:
+        return "".join(rests)
+    digits = re.sub("[^0-9]", "", answer)
+    if len(digits) == 16:
+        return digits
+    rows = [row for line in lines for row in _rows_of(line)] if len(digits) <= 16 + REMARKS else []
+    return "".join(rows) if len(rows) == 4 else None
+
+
+def _rows_of(line: str) -> list[str]:
+    """The rows of four digits that stand in a line: one if there is nothing else in it, else those written in one."""
+    bare = BETWEEN.sub("", line)
+    return [bare] if re.fullmatch("[0-9]{4}", bare) else re.findall(r"(?<![0-9])[0-9]{4}(?![0-9])", line)
 
 
 def verify(puzzle: str, solution: str, reward: str, text: str) -> Verdict:
     """Score an answer.
 
-    exact: a solved grid that keeps the givens (any, should the puzzle have several). cell: the share of
-    empty cells that match ``solution``, the metric of the d1 line of papers. The reward is 1 for an exact
-    answer; otherwise the cell share if ``reward`` is "cell" and all givens were kept; otherwise 0.
+    exact: a solved grid that keeps the givens (any, should the puzzle have several). cell: the share of empty cells
+    that match ``solution``. cell_published: the same share as the published evaluation reads the text, `sudoku_cells`;
+    it is never rewarded. The reward is 1 for an exact answer; otherwise the cell share if ``reward`` is "cell" and all
+    givens were kept; otherwise 0.
     """
+    published = sudoku_cells(puzzle, solution, text)
     grid = parse_grid(text)
     if grid is None:
-        return {"reward": 0.0, "exact": 0.0, "cell": 0.0}
+        return {"reward": 0.0, "exact": 0.0, "cell": 0.0, "cell_published": published}
     kept = all(p in ("0", g) for p, g in zip(puzzle, grid))
     empty = [i for i, p in enumerate(puzzle) if p == "0"]
     exact = kept and is_solved(grid)
     cell = sum(grid[i] == solution[i] for i in empty) / len(empty) if empty else float(exact)
     graded = cell if kept and reward == "cell" else 0.0
-    return {"reward": 1.0 if exact else graded, "exact": float(exact), "cell": cell}
+    return {"reward": 1.0 if exact else graded, "exact": float(exact), "cell": cell, "cell_published": published}
+
+
+def puzzle_of(row: Row) -> tuple[str, str]:
+    """Puzzle and solution of a row. Raises ValueError with what is wrong: no digits, givens that contradict, ..."""
+    check_columns(row, ("Puzzle", "Solution"), (), "Sudoku")
+    puzzle, solution = row["Puzzle"].strip().zfill(16), row["Solution"].strip()  # spreadsheets drop leading zeros
+    if not re.fullmatch("[0-4]{16}", puzzle):
+        raise ValueError(f"has a 'Puzzle' that is no 16 digits from 0 to 4: {puzzle!r}")
+    if not re.fullmatch("[1-4]{16}", solution) or not is_solved(solution):
+        raise ValueError(f"has a 'Solution' that is no solved grid of 16 digits: {solution!r}")
+    if wrong := [i for i, (p, s) in enumerate(zip(puzzle, solution)) if p not in ("0", s)]:
+        cell = f"row {wrong[0] // 4 + 1}, column {wrong[0] % 4 + 1}"
+        raise ValueError(
+            f"has a 'Puzzle' whose givens contradict its 'Solution', first in {cell}: no answer can be right"
+        )
+    if puzzle == "0" * 16:
+        raise ValueError("has a 'Puzzle' without givens: every solved grid would be right")
+    return puzzle, solution
 
 
 def fill_rows(puzzle: str, order: Random | None) -> str:
@@ -102,8 +152,10 @@ class Sudoku(Task):
         reward: "cell" (share of right cells, the paper's) or "exact" (all or nothing).
         right: share of right demonstrations for supervised training.
         habit: the wrong ones: each row's missing digits in "ascending" or in "random" order.
-        path: a CSV file with columns Puzzle and Solution (the published test file's format), used for
+        path: a file, such as CSV, with columns Puzzle and Solution (the published test file's format), used for
             every split instead of drawn puzzles. A puzzle with several solutions accepts them all.
+
+    Test puzzles are all different, as long as there are different ones.
     """
 
     empty: int = 8
@@ -120,12 +172,15 @@ class Sudoku(Task):
             raise ValueError(f"right is a share between 0 and 1, got {self.right}")
 
     @cached_property
+    def _lines(self) -> list[Line]:
+        lines = checked_lines(readable(self.path, "Sudoku"), puzzle_of)
+        if not lines:
+            raise ValueError(f"{self.path} has no rows: Sudoku needs columns Puzzle and Solution of 16 digits each")
+        return lines
+
+    @cached_property
     def _rows(self) -> list[tuple[str, str]]:
-        with open(self.path, newline="") as file:
-            rows = [(r.get("Puzzle", "").zfill(16), r.get("Solution", "")) for r in csv.DictReader(file)]
-        if not rows or not all(re.fullmatch("[0-4]{16}", p) and is_solved(s) for p, s in rows):
-            raise ValueError(f"{self.path} must be a CSV file with columns Puzzle and Solution of 16 digits each")
-        return rows
+        return [puzzle_of(row) for row in good(self._lines)]
 
     @cached_property
     def chance(self) -> dict[str, float]:
@@ -137,26 +192,44 @@ class Sudoku(Task):
         return {"exact": exact, "cell": cell}
 
     def _draw(self, split: str, seed: int, index: int) -> tuple[str, str]:
+        """Puzzle and solution."""
         if self.path is not None:
             return self._rows[index % len(self._rows)]
-        draw = rng("sudoku", split, seed, index, self.empty)
-        solution = draw.choice(solutions(split))
-        while True:
-            holes = set(draw.sample(range(16), self.empty))
-            givens = [(i, d) for i, d in enumerate(solution) if i not in holes]
-            if sum(all(g[i] == d for i, d in givens) for g in grids()) == 1:
-                return "".join("0" if i in holes else d for i, d in enumerate(solution)), solution
+        if split == "test":
+            return _test_puzzles(self.empty, seed)[index]
+        return draw_puzzle(self.empty, split, seed, index)
 
     def size(self, split: str) -> int | None:
         return None if self.path is None else len(self._rows)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
-        puzzle, solution = self._draw(split, seed, index)
-        draw = rng("sudoku answer", split, seed, index)
+        return self._pose(*self._draw(split, seed, index), rng("sudoku answer", split, seed, index))
+
+    def inspect(self, split: str) -> Iterator[tuple[str, Problem | Exception]]:
+        for place, row, fault in [] if self.path is None else self._lines:
+            yield place, ValueError(fault) if row is None else self._pose(*puzzle_of(row), rng(place))
+
+    def _pose(self, puzzle: str, solution: str, draw: Random) -> Problem:
         right = draw.random() < self.right
         answer = solution if right else fill_rows(puzzle, draw if self.habit == "random" else None)
         text = puzzle if self.prompt == "compact" else INSTRUCTION.format(puzzle=puzzle)
-        return Problem(text, partial(verify, puzzle, solution, self.reward), answer)
+        return Problem(text, partial(verify, puzzle, solution, self.reward), answer, cluster=solution)
+
+
+def draw_puzzle(empty: int, split: str, seed: int, index: int) -> tuple[str, str]:
+    """A puzzle with one solution, and that."""
+    draw = rng("sudoku", split, seed, index, empty)
+    solution = draw.choice(solutions(split))
+    while True:
+        holes = set(draw.sample(range(16), empty))
+        givens = [(i, d) for i, d in enumerate(solution) if i not in holes]
+        if sum(all(g[i] == d for i, d in givens) for g in grids()) == 1:
+            return "".join("0" if i in holes else d for i, d in enumerate(solution)), solution
+
+
+@lru_cache(maxsize=8)
+def _test_puzzles(empty: int, seed: int) -> Distinct[tuple[str, str]]:
+    return Distinct(partial(draw_puzzle, empty, "test", seed))
 
 
 @cache

@@ -22,7 +22,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from espo_lightning.tasks.verifiers import BrokenVerifier
 from espo_lightning.training.checkpoints import DirectCheckpointIO, RunCheckpoint, check_space
+from espo_lightning.training.data_check import check_data
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.run_folder import RESUME
 from espo_lightning.training.strategies import check, check_resume, named
@@ -82,6 +84,8 @@ class TrainingCLI(LightningCLI):
     ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too,
     and ``deepspeed`` is that of this library.
     """
+
+    SPLITS = ("train",)  # of the task that the program uses
 
     def __init__(self, module_class, data_class, argv, *, command: str, defaults: dict, trainer_defaults: dict):
         self.command, self.defaults = command, defaults
@@ -200,7 +204,14 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"data.{name} {size} is not a multiple of the {trainer.world_size} processes")
         if self.config.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.config.timeout}")
-        self.datamodule.task.problem("train", self.datamodule.seed, 0)  # data that cannot be read end it here
+        check_data(
+            self.datamodule.task,
+            self.model.policy,
+            self.SPLITS,
+            seed=self.datamodule.seed,
+            max_prompt_length=self.model.max_prompt_length,
+            answer_length=getattr(self.model, "length", None),  # of supervised training
+        )
         if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
             trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
 
@@ -209,8 +220,11 @@ class TrainingCLI(LightningCLI):
         return []
 
     def fit(self) -> None:
-        """Train; after Ctrl-C, say how to resume and exit with 130."""
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+        """Train; after Ctrl-C, say how to resume and exit with 130; with 2 if no verifier ever worked."""
+        try:
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+        except BrokenVerifier as error:
+            self.parser.error(str(error))
         if self.checkpoint.interrupted:
             command = RESUME.format(command=self.command, folder=self.run_dir, checkpoint=self.checkpoint.complete[-1])
             self.finish([f"stopped; resume with\n  {command}"])

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from espo_lightning.keys import real
 from espo_lightning.objectives.advantages import equal_groups
 from espo_lightning.policies.policy import Policy
 from espo_lightning.training.gradient import Loss
@@ -16,7 +17,7 @@ Share = tuple[float, float]  # sum and count of one process's values of a metric
 
 def share(values: Tensor) -> Share:
     """Sum and count of the values of this process."""
-    return float(values.double().sum()), values.numel()
+    return float(values.to(real(values.device)).sum()), values.numel()
 
 
 def pool(shares: list[dict[str, Share]]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from espo_lightning.scoring.likelihood import ELBO, Likelihood, Seen
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
-from espo_lightning.tasks.statistics import summarise
+from espo_lightning.tasks.statistics import cluster_of, summarise
 from espo_lightning.training.checkpoints import PolicyModule
 from espo_lightning.training.checks import check_settings
 from espo_lightning.training.gradient import Loss, loss_parts, mean_loss
@@ -113,7 +113,7 @@ class ESPOModule(PolicyModule):
         self.max_prompt_length, self.seed = max_prompt_length, seed
         self.rollouts = 0  # finished rollouts; with the seed, the whole state of the randomness
         self.last_rollout: Rollout | None = None  # for callbacks
-        self.verdicts: list[Verdict] = []  # of the validation in progress
+        self.verdicts: list[tuple[Verdict, str]] = []  # of the validation in progress, with their clusters
 
     def configure_model(self) -> None:
         """Shard policy and reference, if the strategy wants that. Lightning calls it before fits and validations."""
@@ -162,7 +162,8 @@ class ESPOModule(PolicyModule):
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
         texts = self.policy.decode(completion)
-        verdicts = judge_all([p for p in problems for _ in range(self.group_size)], texts)
+        each = [problem for problem in problems for _ in range(self.group_size)]
+        verdicts = judge_all(each, texts, must_work=self.rollouts == 0)
         rewards = torch.tensor([v["reward"] for v in verdicts], device=completion.device).view(-1, self.group_size)
         equal = equal_groups(rewards)
         advantages = self.advantage(rewards).masked_fill(equal.unsqueeze(-1), 0.0).flatten()
@@ -273,10 +274,12 @@ class ESPOModule(PolicyModule):
         first = batch_idx * self.trainer.world_size * len(problems)
         keys = fold_in(EVALUATE, first + self.global_index(len(problems)))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
-        self.verdicts += judge_all(problems, texts)
+        clusters = [cluster_of(problem.prompt, problem.cluster) for problem in problems]
+        self.verdicts += zip(judge_all(problems, texts), clusters)
 
     def on_validation_epoch_end(self) -> None:
-        self.summary = summarise([v for part in gather(self.verdicts) for v in part])
+        pairs = [pair for part in gather(self.verdicts) for pair in part]
+        self.summary = summarise([verdict for verdict, _ in pairs], [cluster for _, cluster in pairs])
         metrics = {f"val/{key}": self.summary[key] for key in self.summary["ci95"]}
         self.log_dict({**metrics, "rollout": float(self.rollouts)}, sync_dist=True)  # they are equal already
 

@@ -13,6 +13,7 @@ the channel on which verdicts leave is not among its file descriptors. Standard 
 import contextlib
 import importlib
 import json
+import math
 import os
 import random
 import select
@@ -22,26 +23,31 @@ import sys
 import time
 import types
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for two imports: programs must not find this folder
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for these imports: programs must not find this folder
 from isolation import (
     LAYERS,
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
+    TASK_LIMIT,
     drop_capabilities,
     enter_namespaces,
     landlock,
+    limit_tasks,
     mount_private,
     prctl,
     seccomp,
     set_limits,
 )
-from peer import LENGTH, MESSAGE_LIMIT, OPERATIONS, Cut, Peer
+from peer import OPERATIONS, Cut, Peer
+from wire import LENGTH, MESSAGE_LIMIT
 
-del sys.path[0]
+del sys.path[0], sys.modules["isolation"], sys.modules["peer"], sys.modules["wire"]
 
 HEADER = struct.Struct("<dII")  # seconds for the job, megabytes of memory, bytes of the job; as in sandbox.py
+ALIASES = {"np": "numpy"}  # a name that tests use without an import, and its module
+COUNT_EVERY = 0.02  # seconds between two looks at how many threads there are
 STDOUT_LIMIT = 64 << 10  # bytes of output that are reported
 
 
@@ -75,12 +81,26 @@ def stub_numpy() -> types.ModuleType:
     """As much of numpy as the test scripts of HumanEval+ and MBPP+ use; real numpy is not in the sandbox."""
     module = types.ModuleType("numpy")
 
-    def allclose(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-        if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-            return len(a) == len(b) and all(allclose(x, y, rtol, atol) for x, y in zip(a, b))
-        return abs(a - b) <= atol + rtol * abs(b) or a == b
+    def allclose(a: object, b: object, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> bool:
+        rows = [isinstance(x, list | tuple) for x in (a, b)]
+        if all(rows):
+            a, b = (x * max(len(a), len(b)) if len(x) == 1 else x for x in (a, b))
+            if len(a) != len(b):
+                raise ValueError(f"operands could not be broadcast together with shapes ({len(a)},) ({len(b)},)")
+            return all(allclose(x, y, rtol, atol, equal_nan) for x, y in zip(a, b))
+        if any(rows):  # a number is compared with every element
+            return all(
+                allclose(x, y, rtol, atol, equal_nan)
+                for x, y in ([(x, b) for x in a] if rows[0] else [(a, y) for y in b])
+            )
+        if a != a or b != b:
+            return bool(equal_nan and a != a and b != b)
+        if abs(a) == float("inf") or abs(b) == float("inf"):
+            return bool(a == b)
+        return bool(abs(a - b) <= atol + rtol * abs(b))
 
-    module.allclose = allclose
+    module.allclose = module.isclose = allclose
+    module.inf, module.nan, module.pi = math.inf, math.nan, math.pi
     for name in ("ndarray", "float32", "float64"):
         setattr(module, name, type(name, (), {}))
     return module
@@ -101,12 +121,14 @@ def harness_main(job: dict, peer: Peer, report) -> None:
         # The tests see built-ins and standard modules of their own; from the program only the names they ask for.
         space: dict[str, object] = {"__name__": "tests"}
         for name in job["modules"]:
-            space[name] = importlib.import_module(name)
+            space[name] = importlib.import_module(ALIASES.get(name, name))
         space.update((name, value) for name, value in found.items() if name in job["exports"])
         if job["entry_point"]:
             space["candidate"] = found.get(job["entry_point"])
         exec(compile(job["setup"], "setup.py", "exec", dont_inherit=True), space)
-        space.update((name, value) for name, value in found.items() if name == job["entry_point"])
+        for name in job["exports"]:  # the program's, or none: never what the setup has under that name
+            space.pop(name, None)
+        space.update((name, value) for name, value in found.items() if name in job["exports"])
         for index, test in enumerate(job["tests"]):
             try:
                 exec(compile(test, "test.py", "exec", dont_inherit=True), space)
@@ -119,6 +141,15 @@ def harness_main(job: dict, peer: Peer, report) -> None:
         report(stopped=cut.reason)
     except BaseException as error:  # the program's own error, or one of the set-up code
         report(stopped=stage, error=f"{type(error).__name__}: {error}"[:300])
+
+
+def read_job(fd: int, size: int) -> bytes:
+    job = bytearray()
+    while len(job) < size:
+        if not (part := os.read(fd, size - len(job))):
+            os._exit(0)  # the owner is gone
+        job += part
+    return bytes(job)
 
 
 def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds: float, memory_mb: int) -> None:
@@ -153,6 +184,9 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
         to_program, from_harness = os.pipe(), os.pipe()  # named by what the program's side does: write / read
         with contextlib.suppress(OSError):
             prctl(PR_SET_NO_NEW_PRIVS, 1)
+        if mode != "unsafe":
+            with contextlib.suppress(OSError, ValueError):
+                limit_tasks()
         layer(landlock, workdir)
         layer(drop_capabilities)
         with contextlib.suppress(OSError):
@@ -168,11 +202,7 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
         for fd in (from_harness[0], to_program[1]):
             os.close(fd)
         deadline = time.monotonic() + seconds
-        job = bytearray()
-        while len(job) < size:
-            if not (part := os.read(job_fd, size - len(job))):
-                os._exit(0)  # the owner is gone
-            job += part
+        job = read_job(job_fd, size)
         layer(seccomp)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -183,6 +213,18 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
         report(broken=f"{type(error).__name__}: {error}"[:300])
     finally:
         os._exit(0)
+
+
+def tasks_below(pid: int) -> int:
+    """Threads of a process and of its descendants, 0 where there is no /proc."""
+    count, found = 0, [pid]
+    while found:
+        task = f"/proc/{found.pop()}/task"
+        with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
+            count += os.stat(task).st_nlink - 2
+            with open(f"{task}/{task.split('/')[2]}/children") as file:
+                found += file.read().split()
+    return count
 
 
 def kill_descendants(group: int) -> None:
@@ -237,10 +279,14 @@ def runner_main(mode: str, workdir: str) -> None:
         poller = select.poll()
         poller.register(read, select.POLLIN)
         poller.register(jobs, 0)  # reports only that the owner is gone
-        while (left := deadline - time.monotonic()) > 0 and (ready := poller.poll(1000 * left)):
+        while (left := deadline - time.monotonic()) > 0 and tasks_below(group) <= TASK_LIMIT:
+            if not (ready := poller.poll(1000 * min(left, COUNT_EVERY))):
+                continue
             if ready[0][0] == jobs or not (part := os.read(read, 65536)) or len(events) > MESSAGE_LIMIT:
                 break
             events += part
+        if tasks_below(group) > TASK_LIMIT:
+            events += b'{"stopped": "crash", "error": "too many threads"}\n'
         os.close(read)
         kill_descendants(group)
         clean(workdir)

@@ -7,11 +7,15 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import resource
 import struct
 import sys
 
 DISK_LIMIT = 32 << 20  # bytes of the private directory
+TASK_LIMIT = (
+    320  # processes and threads of a job; the kernel takes no smaller bound for the ids of a namespace than 301
+)
 
 NEW_NAMESPACES = 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x00020000  # user net pid ipc uts mnt
 CLONE_THREAD = 0x10000
@@ -98,6 +102,23 @@ def landlock(workdir: str) -> None:
             os.close(fd)
     libc_call("syscall", 446, ruleset, 0)
     os.close(ruleset)
+
+
+def limit_tasks() -> None:
+    """At most `TASK_LIMIT` processes and threads, for a process that has entered namespaces of its own.
+
+    Per user from Linux 5.14, where users of a namespace are counted apart from their likes outside, but not for root;
+    per namespace from 6.14, before which the bound of process ids was the whole machine's and must not be touched.
+    Elsewhere the runner counts, see `inner.tasks_below`.
+    """
+    version = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", platform.release()).groups())
+    if version >= (5, 14):
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        limit = TASK_LIMIT if hard == resource.RLIM_INFINITY else min(TASK_LIMIT, hard)
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+    if version >= (6, 14):
+        with open("/proc/sys/kernel/pid_max", "w") as file:
+            file.write(str(TASK_LIMIT))
 
 
 def drop_capabilities() -> None:

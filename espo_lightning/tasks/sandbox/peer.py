@@ -1,17 +1,12 @@
 """The pipe between harness and program: calls by reference, results as plain data. See `inner`."""
 
-import builtins
-import collections
-import contextlib
 import json
 import operator
 import os
 import select
-import struct
 import time
 
-LENGTH = struct.Struct("<I")
-MESSAGE_LIMIT = 16 << 20  # bytes of one message
+from wire import LENGTH, MESSAGE_LIMIT, adopt, decode, derived, encode, is_known, known, rebuilt
 
 
 class Cut(BaseException):
@@ -53,14 +48,12 @@ class Remote:
         return self._peer.request("next", self._ref)
 
     def __bool__(self) -> bool:
-        return True
+        return self._peer.request("bool", self._ref) is True
 
     def __str__(self) -> str:
         return str(self._peer.request("str", self._ref))
 
 
-SEQUENCES = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", collections.deque: "deque"}
-SEQUENCE_OF = {name: kind for kind, name in SEQUENCES.items()}
 OPERATIONS = {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
     "getattr": getattr,
@@ -70,6 +63,7 @@ OPERATIONS = {
     "iter": iter,
     "next": next,
     "str": str,
+    "bool": bool,
 }
 
 
@@ -80,6 +74,10 @@ class Peer:
         self.read, self.write, self.operations, self.deadline = read, write, operations, deadline
         self.objects: list[object] = []  # exported; kept alive, so that a ref stays valid
         self.remotes: dict[int, Remote] = {}
+        self.errors: dict[int, type[BaseException]] = {}  # classes that stand for the other end's exception classes
+        self.given: list[
+            object
+        ] = []  # arguments of the call that is being made or answered: a result may be one of them
 
     def send(self, message: object) -> None:
         data = json.dumps(message).encode()
@@ -114,87 +112,118 @@ class Peer:
         return bytes(data)
 
     def encode(self, value: object) -> object:
-        """Plain data as tagged JSON, subclasses as their base; a callable or, from the program, any object by ref."""
-        if value is None or isinstance(value, bool) or type(value) in (str, float):
-            return value
-        if isinstance(value, int):
-            return int(value) if abs(value) < 1 << 53 else ["int", hex(value)]
-        for base in (str, float):
-            if isinstance(value, base):
-                return base(value)
-        for kind, name in SEQUENCES.items():
-            if isinstance(value, kind):
-                return [name, [self.encode(item) for item in value]]
-        if isinstance(value, dict):
-            return ["dict", [[self.encode(key), self.encode(item)] for key, item in value.items()]]
-        if isinstance(value, complex):
-            return ["complex", [value.real, value.imag]]
-        if isinstance(value, bytes | bytearray):
-            return ["bytes", value.hex()]
-        if isinstance(value, range):
-            return ["range", [self.encode(part) for part in (value.start, value.stop, value.step)]]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return ["type", value.__name__]
+        """Plain data as tagged JSON, see `wire`; a callable or, from the program, any object as a reference."""
+        for place, argument in enumerate(self.given):
+            if argument is value:
+                return ["given", place]
+        return encode(value, self.encode, self._refer)
+
+    def _refer(self, value: object) -> object:
         if isinstance(value, Remote):
             return ["yours", value._ref]
+        if isinstance(value, BaseException):
+            return ["exception", self._describe(value)]
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return ["error", self._lineage(value)]
         if "getattr" not in self.operations and not callable(value):
             raise TypeError(f"a {type(value).__name__} cannot be sent to the program")
-        for ref, known in enumerate(self.objects):
-            if known is value:
-                return ["mine", ref]
+        return ["mine", self._export(value)]
+
+    def _export(self, value: object) -> int:
+        for ref, object_ in enumerate(self.objects):
+            if object_ is value:
+                return ref
         self.objects.append(value)
-        return ["mine", len(self.objects) - 1]
+        return len(self.objects) - 1
 
     def decode(self, data: object) -> object:
-        if not isinstance(data, list):
-            return data
-        tag, body = data
-        if tag in SEQUENCE_OF:
-            return SEQUENCE_OF[tag](self.decode(item) for item in body)
-        if tag == "dict":
-            return {self.decode(key): self.decode(item) for key, item in body}
+        return decode(data, self._resolve)
+
+    def _resolve(self, tag: str, body: object) -> object:
         if tag == "mine":
             return self.remotes.setdefault(body, Remote(self, body))
         if tag == "yours":
             return self.objects[body]
-        if tag == "range":
-            return range(*map(self.decode, body))
-        if tag == "type" and isinstance(found := getattr(builtins, body), type):
-            return found
-        return {"int": lambda: int(body, 16), "complex": lambda: complex(*body), "bytes": lambda: bytes.fromhex(body)}[
-            tag
-        ]()
+        if tag == "given":
+            return self.given[body]
+        if tag == "error":
+            return self._class(body)
+        if tag == "exception":
+            return self._exception(body)
+        raise ValueError(f"{tag} is no value")
+
+    def _lineage(self, kind: type[BaseException]) -> list:
+        """The classes of an exception down to the first that both ends have: what a test can catch it by."""
+        lineage = []
+        for base in kind.__mro__:
+            if is_known(base):
+                return [*lineage, [base.__module__, base.__qualname__]]
+            theirs = next((ref for ref, error in self.errors.items() if error is base), None)
+            lineage.append(["yours", theirs] if theirs is not None else [self._export(base), base.__name__])
+        return lineage
+
+    def _class(self, lineage: list) -> type[BaseException]:
+        *own, base = lineage
+        kind = known(*base)
+        for ref, name in reversed(own):
+            kind = self.objects[name] if ref == "yours" else self.errors.setdefault(ref, derived(str(name), kind))
+        return kind
+
+    def _describe(self, error: BaseException) -> list:
+        """Class, arguments, attributes and text of an exception; without what cannot be sent."""
+        parts = []
+        known_here = is_known(type(error))  # then what its constructor takes is known too: an OSError's file name, say
+        for value in (list(error.__reduce__()[1] if known_here else error.args), vars(error)):
+            try:
+                parts.append(self.encode(value))
+            except (TypeError, ValueError, RecursionError):
+                parts.append(self.encode([str(error)[:500]] if isinstance(value, list) else {}))
+        return [self._lineage(type(error)), *parts, str(error)[:500]]
+
+    def _exception(self, body: list) -> BaseException:
+        lineage, args, attributes, text = body
+        return rebuilt(self._class(lineage), tuple(self.decode(args)), self.decode(attributes), text)
 
     def request(self, operation: str, ref: int, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Have the other end do something. Raises what it raised, if that is a built-in exception."""
-        self.send([operation, ref, self.encode(args), self.encode(kwargs or {})])
+        """Have the other end do something. Raises what it raised."""
+        values, outer = [list(args), dict(kwargs or {})], self.given
+        self.given = []
+        self.send([operation, ref, *map(self.encode, values)])
         while (answer := self.receive())[0] not in ("return", "raise"):
             self.serve(answer)  # the program calls a function that the test passed to it
-        if answer[0] == "return":
-            for mine, changed in zip(args, self.decode(answer[2]) if answer[2] else ()):
-                if isinstance(mine, list):  # sorted in place, say
-                    mine[:] = changed
-                elif isinstance(mine, dict | set):
-                    mine.clear()
-                    mine.update(changed)
-            return self.decode(answer[1])
-        error, kind = RuntimeError(f"{answer[1]}: {answer[2]}"), getattr(builtins, str(answer[1]), None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            with contextlib.suppress(TypeError):  # UnicodeDecodeError wants five arguments
-                error = kind(answer[2])
-        raise error
+        self.given = [*values[0], *values[1].values()]
+        try:
+            if answer[2] is not None:
+                adopt(values, self.decode(answer[2]))
+            if answer[0] == "return":
+                return self.decode(answer[1])
+            raise self._exception(answer[1])
+        finally:
+            self.given = outer
 
     def serve(self, message: list) -> None:
-        """Do one thing for the other end and answer with its value, its arguments if changed, or its exception."""
+        """Do one thing for the other end and answer with its value or its exception, and its arguments if changed."""
+        outer, self.given, given, after = self.given, [], [], None
         try:
-            operation, ref, args, kwargs = message
+            operation, ref, *sent = message
             if operation not in self.operations:
                 raise PermissionError(f"{operation} is not offered")
-            values = self.decode(args)
-            result = OPERATIONS[operation](self.objects[ref], *values, **self.decode(kwargs))
-            after = self.encode(values)
-            self.send(["return", self.encode(result), after if after != args else None])
+            values, named = map(self.decode, sent)
+            given = [*values, *named.values()]
+            try:
+                kind, result = "return", OPERATIONS[operation](self.objects[ref], *values, **named)
+            except Cut:
+                raise
+            except BaseException as error:  # whatever a program raises, SystemExit too, is its answer
+                kind, result = "raise", error
+            changed = [self.encode(values), self.encode(named)]
+            after = ["list", changed] if changed != sent else None
+            self.given = given
+            self.send([kind, self.encode(result) if kind == "return" else self._describe(result), after])
         except Cut:
             raise
-        except BaseException as error:  # whatever a program raises, SystemExit too, is its answer
-            self.send(["raise", type(error).__name__, str(error)[:500]])
+        except BaseException as error:  # what cannot be sent
+            self.given = []
+            self.send(["raise", self._describe(error), None])
+        finally:
+            self.given = outer

@@ -5,13 +5,13 @@ a Python program can try, but not that it carries a kernel exploit.
 
 * It must not harm the machine: no network, no file outside a private directory read or written (except the Python
   standard library and shared objects, read-only), no new processes, no signals, no ptrace; limits on CPU, wall time,
-  memory, open files, file size, disk and output; the tree is killed whole after every job. What it can still learn with
-  the ``stdlib`` backend is whether a path outside exists and its size (``os.stat``), never its content.
+  memory, threads, open files, file size, disk and output; the tree is killed whole after every job. What it can still
+  learn with the ``stdlib`` backend is whether a path outside exists and its size (``os.stat``), never its content.
 * It must not fake a reward: printing, exiting, patching built-ins or returning objects that equal everything do not
   help. Tests run in a second process, the harness. From the program it gets values only, as plain data over a pipe;
   the program never sees tests or expected values, and verdicts leave on a channel that it has no descriptor of.
-  `inner` describes the processes. What remains possible is what remains in any test: being right on the cases
-  that are tested. Consequence: an object of a class that the program defines compares by identity in a test.
+  `inner` describes the processes, `wire` the values. What remains possible is what remains in any test: being right on
+  the cases that are tested. Consequence: an object of a class that the program defines compares by identity in a test.
 
 Backends, in the order tried; each must pass `PROBE`, a program that tries the doors, before it is used:
 
@@ -45,9 +45,9 @@ from typing import NamedTuple
 
 from espo_lightning.tasks.base import VerifierUnavailable
 from espo_lightning.tasks.sandbox.isolation import DISK_LIMIT
-from espo_lightning.tasks.sandbox.peer import LENGTH, MESSAGE_LIMIT
+from espo_lightning.tasks.sandbox.wire import LENGTH, MESSAGE_LIMIT
 
-INNER = [str(Path(__file__).with_name(f"{name}.py")) for name in ("inner", "isolation", "peer")]
+INNER = [str(Path(__file__).with_name(f"{name}.py")) for name in ("inner", "isolation", "peer", "wire")]
 HEADER = struct.Struct("<dII")  # seconds for the job, megabytes of memory, bytes of the job; as in inner.py
 BACKENDS = ("bwrap", "stdlib")
 SOURCE_LIMIT = 1 << 20  # characters of a program; longer ones are not run
