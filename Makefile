@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint notebooks deepspeed env
+.PHONY: run test lint notebooks deepspeed reasoning-gym env
 run: env
 	$(BIN)/python -m espo_lightning.fit
 
@@ -23,6 +23,11 @@ deepspeed: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/python -m pytest tests/test_deepspeed.py
+
+# the tests of another optional package; its pycosat, of which there is no wheel, needs a C compiler
+reasoning-gym: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reasoning-gym]'
+	$(BIN)/python -m pytest tests/test_reasoning_gym.py
 
 env: $(VENV)/.complete
 

@@ -20,6 +20,7 @@ from espo_lightning.lab.flops_blocks import block_decoding_passes, block_scoring
 from espo_lightning.lab.network import Network, read_network
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.objectives.policy_gradient import PolicyGradient
+from espo_lightning.scoring.block import BlockELBO
 from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.training.command_line import run
 
@@ -87,10 +88,10 @@ def cost(
     options = {"updates": updates, "objective": objective, "micro_batch": micro_batch, "view_by_view": view_by_view}
     options["scoring"] = scoring
     sets = updates if fresh_masks and likelihood.random else 1
-    w = expected_work(rollout, likelihood, completions, decoding.length, sets, **options)
+    w = expected_work(rollout, likelihood, completions, decoding, sets, **options)
     spent = flops(network, w, rank, gradient_checkpointing)
     nd = 2 * network.parameters * rollout.width * completions / 1e15  # of the papers' formulas
-    draws = getattr(likelihood, "draws", 1)
+    draws = getattr(likelihood, "draws", 1) or decoding.passes
     formulas = {
         "paper, 2ND(T + 6 mu M)": nd * (decoding.steps + 6 * updates * draws),
         "2ND(T + 10 mu M)": nd * (decoding.steps + 10 * updates * draws),
@@ -120,11 +121,13 @@ def passes_of(
     resumes: see `Policy.resumes`.
     """
     blocks, width = isinstance(decoding, BlockDecoding), prompt_length + decoding.length
-    if blocks != likelihood.in_blocks or (blocks and likelihood.block != decoding.block_length):
+    elbo = isinstance(likelihood, BlockELBO)
+    if (blocks and not likelihood.in_blocks) or (elbo and not (blocks and likelihood.block == decoding.block_length)):
         raise ValueError("decoding=BlockDecoding and likelihood=BlockELBO go together, with the same block")
     if not blocks:
         return decoding_passes(decoding, completions, width), scoring_passes, 0
-    scoring = partial(block_scoring_passes, block=decoding.block_length, resumes=resumes)
+    own = partial(block_scoring_passes, block=decoding.block_length, resumes=resumes)
+    scoring = own if elbo else scoring_passes
     cached = completions * (width - decoding.block_length) if decoding.cache else 0
     return block_decoding_passes(decoding, completions, width), scoring, cached
 

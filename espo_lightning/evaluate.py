@@ -25,6 +25,7 @@ from espo_lightning.tasks.base import Task
 from espo_lightning.tasks.statistics import cluster_of, per_problem, summarise
 from espo_lightning.training.command_line import run
 from espo_lightning.training.data_check import check_data
+from espo_lightning.training.report import told
 
 GREEDY = Decoding(temperature=0.0)
 
@@ -70,15 +71,8 @@ def evaluate(
     Raises:
         ValueError: ``output`` exists, or an unfinished evaluation beside it is another one; contradictory arguments.
     """
-    if protocol is not None and decoding != GREEDY:
-        raise ValueError(f"protocol={protocol} and decoding contradict each other: drop one of them")
-    decoding = decoding if protocol is None else protocol_named(protocol)
-    if min(problems, samples, batch_size) < 1:
-        raise ValueError(
-            f"problems, samples and batch_size must be at least 1, got {problems}, {samples} and {batch_size}"
-        )
-    if samples > 1 and decoding.temperature == 0:
-        raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
+    decoding = _decoding(decoding, protocol)
+    _check_numbers(problems, samples, batch_size, decoding)
     task.check_host()
     check_data(task, policy, (split,))  # before anything is written
     problems = min(problems, task.size(split) or problems)  # none counts twice
@@ -103,44 +97,87 @@ def evaluate(
         if world == 1:
             raise ValueError(f"output {output} exists already: name another file, or remove it")
         return finished  # the others were faster
-    shards.open()
-    if device == "auto":
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    policy.to(device).eval()
-
+    _move(policy, device, local)
+    shards.open()  # everything is known to be there
     pairs = [(i, s) for i in range(problems) for s in range(samples)]
     batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
     done = shards.read()
     for number in tqdm(range(rank, len(batches), world), desc="evaluate", unit="batch", disable=rank > 0):
-        if number in done:
-            continue
-        start = time.perf_counter()
-        batch = [task.problem(split, 0, i) for i, _ in batches[number]]
-        counters = torch.tensor([sample << 32 | i for i, sample in batches[number]])
-        keys = fold_in(seed, counters).to(policy.device)
-        texts, verdicts = solve(policy, batch, keys, decoding, must_work=number == 0)
-        made = [
-            {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict, "cluster": problem.cluster}
-            for (i, _), problem, text, verdict in zip(batches[number], batch, texts, verdicts)
-        ]
-        shards.append(number, {"seconds": time.perf_counter() - start, "samples": made})
+        if number not in done:
+            shards.append(number, _solved(policy, task, split, batches[number], seed, decoding, number == 0))
 
     records = shards.read()
     if len(records) < len(batches):
         return shards.finished()
-    made = [sample for number in range(len(batches)) for sample in records[number]["samples"]]
-    result = {
+    result = _result([records[number] for number in range(len(batches))], samples, task, shards.header)
+    shards.finish(result)
+    return result
+
+
+def _result(records: list[dict], samples: int, task: Task, header: dict) -> dict:
+    """What is written, of the records of all batches in their order."""
+    made = [sample for record in records for sample in record["samples"]]
+    return {
         **summarise(
             per_problem([s["verdict"] for s in made], samples),
             [cluster_of(s["prompt"], s["cluster"]) for s in made[::samples]],
         ),
         "chance": task.chance,
-        "seconds": sum(records[number]["seconds"] for number in range(len(batches))),
-        **shards.header,
+        "seconds": sum(record["seconds"] for record in records),
+        **header,
         "samples": made,
     }
-    shards.finish(result)
-    return result
+
+
+def _decoding(decoding: Decoder, protocol: str | None) -> Decoder:
+    """That of the protocol, or the one that was given."""
+    if protocol is None:
+        return decoding
+    if decoding != GREEDY:
+        raise ValueError(f"protocol={protocol} and decoding contradict each other: drop one of them")
+    return protocol_named(protocol)
+
+
+def _check_numbers(problems: int, samples: int, batch_size: int, decoding: Decoder) -> None:
+    if min(problems, samples, batch_size) < 1:
+        raise ValueError(
+            f"problems, samples and batch_size must be at least 1, got {problems}, {samples} and {batch_size}"
+        )
+    if samples > 1 and decoding.temperature == 0:
+        raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
+
+
+def _move(policy: Policy, device: str, local: int) -> None:
+    """Put the policy on its device. Raises ValueError if there is no such device."""
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        policy.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:  # torch built without it, or no such name
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} is not possible ({reason}): use auto, cpu, or cuda:0 and so on") from error
+
+
+def _solved(
+    policy: Policy,
+    task: Task,
+    split: str,
+    batch: list[tuple[int, int]],
+    seed: int,
+    decoding: Decoder,
+    must_work: bool,
+) -> dict:
+    """The record of a batch of (problem, sample): completions, verdicts, seconds. must_work: see `solve`."""
+    start = time.perf_counter()
+    problems = [task.problem(split, 0, i) for i, _ in batch]
+    counters = torch.tensor([sample << 32 | i for i, sample in batch])
+    keys = fold_in(seed, counters).to(policy.device)
+    texts, verdicts = solve(policy, problems, keys, decoding, must_work=must_work)
+    made = [
+        {"problem": i, "prompt": problem.prompt, "completion": text, "verdict": verdict, "cluster": problem.cluster}
+        for (i, _), problem, text, verdict in zip(batch, problems, texts, verdicts)
+    ]
+    return {"seconds": time.perf_counter() - start, "samples": made}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     if result is None:
         lines = ["this process is done; the last one writes the result"]
     else:
-        lines = [f"{k:8} {result[k]:.3f}   95 % {lo:.3f} to {hi:.3f}" for k, (lo, hi) in result["ci95"].items()]
+        intervals = {key: result["ci95"][key] for key in told(result)}
+        lines = [f"{k:8} {result[k]:.3f}   95 % {lo:.3f} to {hi:.3f}" for k, (lo, hi) in intervals.items()]
         lines.append(f"{result['n']} problems, written to {result['settings']['output']}")
     sys.stdout.write("\n".join(lines) + "\n")
 

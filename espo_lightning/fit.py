@@ -1,22 +1,29 @@
 """``python -m espo_lightning.fit``: ESPO on a task, measured on held-out problems before and after."""
 
 import json
-import time
 
-import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.profilers import PassThroughProfiler
 
-from espo_lightning.training.command_line import TrainingCLI
+from espo_lightning.training.cli import TrainingCLI, program
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.module import ESPOModule
-from espo_lightning.training.report import plot_rewards, table
-from espo_lightning.training.run_folder import SampleLog, write_text
+from espo_lightning.training.report import plot_rewards, read_metrics, seconds, table
+from espo_lightning.training.run_folder import write_text
+from espo_lightning.training.samples import SampleLog
+from espo_lightning.training.signals import Signals
+from espo_lightning.training.trainer_flags import MANUAL, REFUSED
 
 
 class FitCLI(TrainingCLI):
     """Adds the sample log, and what verifiers and validation need."""
 
-    SPLITS = ("train", "test")
+    noun = "rollout"
+    refused = REFUSED | MANUAL
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "test") if self.datamodule.eval_problems else ("train",)
 
     def check(self, trainer) -> None:
         super().check(trainer)
@@ -25,64 +32,82 @@ class FitCLI(TrainingCLI):
         if (size := task.size("test")) is not None and problems > size:
             raise ValueError(
                 f"data.eval_problems {problems}: {type(task).__name__} has {size} test problems, and some would count "
-                f"twice. Set data.eval_problems and data.eval_batch_size to {size}, or fewer, or hold out more"
+                f"twice. Set data.eval_problems to {size}, or fewer, or hold out more"
             )
 
     def extra_callbacks(self) -> list[Callback]:
         return [SampleLog(self.run_dir / "samples.jsonl")]
 
+    def measure(self) -> dict | None:
+        """Held-out metrics of the policy as it is; None if nothing is held out."""
+        if not self.trainer.limit_val_batches:
+            return None
+        profiler, self.trainer.profiler = self.trainer.profiler, PassThroughProfiler()  # which is about training
+        self.trainer.validate(self.model, self.datamodule, verbose=False)
+        self.trainer.profiler = profiler
+        return self.model.summary
 
-def main(argv: list[str] | None = None) -> None:
-    cli = FitCLI(
+
+def make(argv: list[str] | None, signals: Signals) -> FitCLI:
+    return FitCLI(
         ESPOModule,
         PromptDataModule,
         argv,
+        signals,
         command="espo_lightning.fit",
         defaults={
             "model.policy": {"class_path": "espo_lightning.load_policy", "init_args": {"path": "bundled:sudoku"}},
         },
         trainer_defaults={"val_check_interval": 10, "check_val_every_n_epoch": None},
     )
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    stored = cli.run_dir / "before.json"
-    if cli.config.ckpt_path is not None and stored.exists():
-        before = json.loads(stored.read_text())
-    else:
-        trainer.validate(model, data, verbose=False)
-        before = model.summary
-        if trainer.is_global_zero:
-            write_text(stored, json.dumps(before))
-    start = time.perf_counter()
+
+
+def work(cli: FitCLI) -> None:
+    """Measure, train, measure again, and write what came of it."""
+    model, data = cli.model, cli.datamodule
+    cli.announce(
+        f"{data.batches} rollouts of {data.batch_size} prompts x {model.group_size} completions, "
+        f"{model.updates} updates each",
+    )
+    before = cli.record["before"] = cli.record["before"] or cli.measure()
     cli.fit()
-    seconds = time.perf_counter() - start
-    trainer.validate(model, data, verbose=False)
-    if not trainer.is_global_zero:
+    after = cli.measure()
+    if not cli.trainer.is_global_zero:
         return
     summary = {
         "before": before,
-        "after": model.summary,
+        "after": after,
         "chance": data.task.chance,
         "seed": cli.config.seed,
         "rollouts": model.rollouts,
         "updates": model.rollouts * model.updates,
-        "seconds": seconds,
-        "settings": yaml.safe_load(cli.saved_config),
+        "seconds": cli.checkpoint.seconds,
+        "ended": cli.ending()[0],
+        "resumed": cli.record["history"],
+        "settings": cli.settings,
     }
     write_text(cli.run_dir / "summary.json", json.dumps(summary, indent=1))
-    curve = plot_rewards(cli.run_dir, summary)
-    cli.finish(
-        [
-            "",
-            *table(summary),
-            "",
-            *(
-                f"{name:15}{cli.run_dir / name}"
-                for name in ("summary.json", "metrics.csv", "samples.jsonl", "config.yaml")
-            ),
-            f"{'curve':15}{curve}",
-            f"{'policy':15}{cli.checkpoint.policy_folder}",
-        ]
+    files = {
+        "summary.json": "every number, and all settings",
+        "metrics.csv": "a row for every rollout and every validation",
+        "samples.jsonl": "completions with their verdicts",
+        "reward.png": "the curves",
+        "policy": "the final policy, for transformers and espo_lightning.evaluate",
+        "checkpoints": "to resume from",
+    }
+    plot_rewards(cli.run_dir, summary)
+    cli.show(
+        "",
+        *table(summary),
+        seconds(summary, read_metrics(cli.run_dir)),
+        "",
+        *(f"{cli.run_dir / name}  {what}" for name, what in files.items()),
+        *cli.ending()[1:],
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    program(lambda signals: make(argv, signals), work)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import yaml
 
-from espo_lightning.training.command_line import quiet, run
+from espo_lightning.training.command_line import run
+from espo_lightning.training.screen import quiet
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on
@@ -65,7 +66,8 @@ def over_arms(
     """``study(seed, **settings, **arm)`` of every arm and seed, in processes of their own with one thread each.
 
     What is finished is kept, one file per arm and seed, so that an interrupted or extended notebook computes only what
-    is missing. A kept result counts only for the same settings and the same source of this package.
+    is missing. A kept result counts only for the same settings, the same source and bundled policies of this package,
+    and the same versions of what it stands on.
 
     Args:
         study: a function of an importable module that returns numbers, in lists and dictionaries.
@@ -76,10 +78,7 @@ def over_arms(
     Returns:
         For every arm the dictionaries in the order of ``seeds``, each with "seed" and "seconds" of processor time.
     """
-    seeds, sources = list(seeds), hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        if path.stem not in ("notebooks", "plots"):  # which no study may import
-            sources.update(path.read_bytes())
+    seeds, sources = list(seeds), made_of(Path(__file__).parent)
 
     def file(arm: dict, seed: int) -> Path | None:
         if cache is None:
@@ -99,6 +98,21 @@ def over_arms(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return {name: [found[name, seed] for seed in seeds] for name in arms}
+
+
+def made_of(package: Path) -> "hashlib._Hash":
+    """A hash of what a study's numbers depend on: source and assets of the package, and the versions below it."""
+    digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
+    for path in sorted([*package.rglob("*.py"), *(p for p in package.glob("assets/**/*") if p.is_file())]):
+        if path.stem not in ("notebooks", "plots"):  # which no study may import
+            digest.update(f"{path.relative_to(package)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
 def _start() -> None:
@@ -148,7 +162,7 @@ def save_result(
         "per_seed": _rounded(per_seed),
         "summary": _rounded(summary),
         "findings": {statement: bool(held) for statement, held in findings.items()},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
         "seconds": float(sum(row["seconds"] for row in per_seed)),
         "commit": commit,
@@ -247,7 +261,12 @@ def execute(
     paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
     if not paths:
         known = ", ".join(p.stem for p in sorted(source.glob("[0-9]*.ipynb")))
-        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {known or 'none at all'}")
+        if not known:
+            raise ValueError(
+                f"no notebooks in folder {source.absolute()}: they are not installed with the package, but are in its "
+                "repository; run this in a clone of it, or name theirs with --folder"
+            )
+        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {known}")
     scale = yaml.safe_load((source / "reduced.yaml").read_text()) if reduced else {}
     shared = {k: v for k, v in {"seeds": seeds, "processes": processes, **(parameters or {})}.items() if v is not None}
     given = {path: {**scale.get(path.stem, {}), **shared} for path in paths}

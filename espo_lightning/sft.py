@@ -1,15 +1,24 @@
 """``python -m espo_lightning.sft``: supervised training on a task's answers, with the likelihoods of RL."""
 
-from espo_lightning.training.command_line import TrainingCLI
+from espo_lightning.training.cli import TrainingCLI, program
 from espo_lightning.training.data import PromptDataModule
+from espo_lightning.training.signals import Signals
 from espo_lightning.training.supervised import SFTModule
+from espo_lightning.training.trainer_flags import REFUSED, UNVALIDATED
 
 
-def main(argv: list[str] | None = None) -> None:
-    cli = TrainingCLI(
+class SFTCLI(TrainingCLI):
+    """There is no validation."""
+
+    refused = REFUSED | UNVALIDATED
+
+
+def make(argv: list[str] | None, signals: Signals) -> SFTCLI:
+    return SFTCLI(
         SFTModule,
         PromptDataModule,
         argv,
+        signals,
         command="espo_lightning.sft",
         defaults={
             "model.policy": {"class_path": "espo_lightning.new_policy"},
@@ -20,8 +29,16 @@ def main(argv: list[str] | None = None) -> None:
         },
         trainer_defaults={"limit_val_batches": 0},
     )
+
+
+def work(cli: SFTCLI) -> None:
+    cli.announce(f"{cli.datamodule.batches} batches of {cli.datamodule.batch_size} answers")
     cli.fit()
-    cli.finish([f"policy      {cli.checkpoint.policy_folder}"])
+    cli.show("", f"{cli.checkpoint.policy_folder}  the policy", *cli.ending()[1:])
+
+
+def main(argv: list[str] | None = None) -> None:
+    program(lambda signals: make(argv, signals), work)
 
 
 if __name__ == "__main__":

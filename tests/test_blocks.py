@@ -13,6 +13,8 @@ from espo_lightning import (
     Decoding,
     Layout,
     Prompts,
+    Seen,
+    Trajectory,
     dream_schedule,
     entropy_order,
     generate,
@@ -234,6 +236,52 @@ def test_blocks_of_the_response_are_those_of_the_plain_decoder(decoding):
 
 
 @EACH
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_traces_are_those_of_the_steps(decoding, origin):
+    """The same completions; states along the trace give the tokens their laws again, uncached."""
+    policy, prompts, keys = block_policy(4, origin), some_prompts(), keys_of(4)
+    completion, trace = decoding.decode(policy, prompts, keys)
+    assert torch.equal(completion, decoding.generate(policy, prompts, keys))
+    assert trace.steps.max() < decoding.passes
+    blocks = policy.layout.blocks(prompts, 12)
+    busy = decoding.passes // 4
+    made = trace.steps >= 0
+    assert torch.equal((trace.steps // busy)[made], blocks[made])
+    if not decoding.early_stop:
+        assert made.all()
+    for row in range(4):
+        single, alone_trace = decoding.decode(policy, alone(prompts, row), keys[row : row + 1])
+        assert torch.equal(single[0], completion[row])
+        assert torch.equal(alone_trace.steps[0], trace.steps[row])
+
+
+@EACH
+def test_the_likelihood_along_the_trace_is_that_of_the_steps(origin):
+    """Trajectory, whose passes are whole canvases, against one forward for every step, by hand."""
+    policy, prompts, keys = block_policy(4, origin), some_prompts(), keys_of(4)
+    decoding = BlockDecoding(12, 4, 6, order=random_order)
+    completion, trace = decoding.decode(policy, prompts, keys)
+    seen = Seen.of(policy, prompts, completion, keys, trace=trace, passes=decoding.passes)
+    law = Trajectory()
+    law.check(policy, 12)
+    law.check_decoding(decoding)
+    masks = law.masks(keys, seen)
+    with torch.no_grad():
+        ours = law.terms(policy, prompts, completion, masks).sum(-1).mean(0)
+    for row in range(4):
+        one, total = alone(prompts, row), 0.0
+        width = one.ids.shape[1]
+        for step in trace.steps[row].unique():
+            shown = completion[row].masked_fill(trace.steps[row] >= step, policy.mask_id)
+            ids, sees = torch.cat([one.ids, shown[None]], 1), one.seen_by(policy, 12)
+            logits = policy(ids, sees, F.pad((trace.steps[row] == step)[None], (width, 0)), lambda x: x)
+            logits[:, policy.mask_id] = -torch.inf
+            tokens = completion[row][trace.steps[row] == step]
+            total += logits.log_softmax(-1).gather(1, tokens[:, None]).sum().item()
+        assert ours[row].item() == pytest.approx(total, abs=1e-3)
+
+
+@EACH
 def test_the_law_of_a_completion_does_not_see_later_blocks(origin):
     """A longer canvas begins with the same tokens, where its noise is the same: greedily."""
     policy, prompts, keys = block_policy(4, origin), some_prompts(), keys_of(4)
@@ -334,6 +382,7 @@ def test_a_network_without_a_cache_is_decoded_without_one():
     [
         ({"length": 10}, "length 10 is not a multiple of block_length 4"),
         ({"prefix_cache": True}, "prefix_cache is superfluous with BlockDecoding"),
+        ({"corrector": 1}, "corrector draws tokens of finished blocks anew"),
         ({"threshold": 1.5}, "threshold must be a probability between 0 and 1"),
         ({"threshold": 0.0}, "threshold must be a probability between 0 and 1"),
         ({"threshold": float("nan")}, "threshold must be a probability between 0 and 1"),

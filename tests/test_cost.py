@@ -93,7 +93,7 @@ def test_flops_and_calls_are_those_of_a_real_step(checkpoints, monkeypatch, tmp_
     assert ATTENTION.keys() & module.kernels  # the counter has seen attention
 
     rollout, network, rank = module.last_rollout, read_network(str(folder)), RANK if lora else 0
-    completions, width = len(rollout.completion), rollout.prompts.ids.shape[1] + DECODING.length
+    completions, width = len(rollout.completion), rollout.prompts.ids.shape[1] + module.decoding.length
     expected = work(
         decoding_passes(module.decoding, completions, width),
         rollout.masks,

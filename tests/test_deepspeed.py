@@ -144,12 +144,17 @@ def test_the_command_line_stops_at_ctrl_c_and_goes_on_to_a_complete_run_folder(t
     flags = [f"--model.policy.path={tmp_path / 'tiny'}", "--data.batches=4", "--trainer.val_check_interval=2"]
     fit.main([*TINY, *flags, f"--run_dir={tmp_path / 'one'}"])
     two = ["--trainer.strategy=deepspeed", "--trainer.devices=2", f"--run_dir={tmp_path / 'two'}"]
-    process = start([*flags, *two, "--data.task.mode=interrupt", "--data.task.rank=0"])
+    at = [
+        "--trainer.callbacks=interruptions.SignalAt",
+        "--trainer.callbacks.moment=batch",
+        "--trainer.callbacks.batch=2",
+    ]
+    process = start([*flags, *two, *at])
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     (command,) = [line.strip() for line in output.splitlines() if "--ckpt_path" in line]
     assert Path(command.split()[-1]).is_file()
-    process = start([*command.split()[3:], "--data.task.mode=none"])
+    process = start([*command.split()[3:], "--trainer.callbacks=null"])
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=5e-6)

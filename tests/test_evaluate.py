@@ -308,3 +308,17 @@ def test_letters_of_the_other_tests_are_evaluated_too(tmp_path):
     result = run(tmp_path / "result.json", task=Letters())
     assert result["chance"] == {}
     assert set(result["ci95"]) == {"reward", "exact", "failed", "timeout"}
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:7", "nowhere"])
+def test_a_device_that_is_not_there_is_one_message_and_leaves_nothing(folder, tmp_path, capsys, device):
+    flags = [f"--policy.path={folder}", "--problems=2", f"--output={tmp_path / 'result.json'}"]
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([*flags, f"--device={device}"])
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"device={device} is not possible" in printed
+    assert "Traceback" not in printed
+    assert not list(tmp_path.glob("result*"))
+    evaluate.main([*flags, "--device=cpu"])
+    assert json.loads((tmp_path / "result.json").read_text())["n"] == 2

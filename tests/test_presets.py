@@ -3,16 +3,21 @@
 import warnings
 from dataclasses import fields, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import Letters, fit, parameters, small_module, small_policy
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from two_processes import METHODS
 
 from espo_lightning import (
     ELBO,
+    Balance,
+    ESPOModule,
     MeanField,
     PolicyGradient,
     QuadratureELBO,
@@ -22,7 +27,9 @@ from espo_lightning import (
     TimeELBO,
     by_length,
     k1,
+    k2_each,
     mean_centred,
+    sequence_kl,
     token_kl,
     token_ratio,
 )
@@ -98,12 +105,28 @@ def same_for_all(prompt: str, text: str) -> dict[str, float]:
 
 @EACH
 def test_equal_rewards_have_no_gradient_at_all(name):
+    """But for a balance against a reference, whose residual they leave; and it has none before the first update."""
     settings = METHODS[name]
     if getattr(settings["objective"], "beta", 0):
         settings = settings | {"objective": replace(settings["objective"], beta=0.0)}
     _, metrics = train(2, task=Letters(same_for_all), **settings, skip_equal_groups=False)
     assert [row["train/grad_norm"] for row in metrics.rows] == [0.0, 0.0]
     assert all(not r.advantages.any() for r in metrics.rollouts)
+
+
+@pytest.mark.parametrize("name", [n for n, s in METHODS.items() if isinstance(s["objective"], Balance)])
+def test_equal_rewards_leave_a_balance_with_a_gradient(name):
+    """A policy that has left its reference is drawn back by completions that all have the same reward."""
+    settings, rows = METHODS[name], []
+    assert not settings["objective"].idle
+    for skip in (False, True):
+        task = Letters(partial(first_only, seen=[]))  # rewards in the first rollout, none in the second
+        _, metrics = train(2, task=task, **settings | {"updates": 2}, skip_equal_groups=skip)
+        rows.append([row["train/grad_norm"] for row in metrics.rows])
+        assert metrics.rows[1]["train/zero_variance_groups"] == 1.0
+        assert len(metrics.rollouts[1].completion) == len(metrics.rollouts[1].decoded)
+    torch.testing.assert_close(*rows)
+    assert rows[0][1] > 0 or (settings["objective"].to_old and not settings["objective"].beta)
 
 
 OTHERS = {  # another value of every argument of every objective and law that a preset has
@@ -124,13 +147,34 @@ OTHERS = {  # another value of every argument of every objective and law that a 
     "block": 4,
     "noise": 0.6,
 }
+TRACED = {  # of those that only methods on traces, and balances, have; the rest are tested above
+    "temperature": 0.03,
+    "centre": False,
+    "square": k2_each,
+    "clip_high": 1e-3,
+    "kl_at": sequence_kl,
+    "merge": 2,
+    "entropy": False,
+    "weighted": True,
+    "draws": 3,
+}
 PENALISED = PolicyGradient(beta=0.5)
+NEW = ("rtb", "sepo", "justgrpo", "tracerl", "agrpo", "egspo", "gdsd", "rspo", "trafl")
 ARGUMENTS = [
     (name, where, field.name)
     for name, settings in METHODS.items()
     for where in ("objective", "likelihood")
     for field in fields(settings[where])
-    if field.name in OTHERS and OTHERS[field.name] != getattr(settings[where], field.name)
+    if name not in NEW and field.name in OTHERS and OTHERS[field.name] != getattr(settings[where], field.name)
+]
+NEW_ARGUMENTS = [
+    (name, where, field.name)
+    for name in NEW
+    for where in ("objective", "likelihood")
+    for field in fields(METHODS[name][where])
+    if field.name in TRACED and TRACED[field.name] != getattr(METHODS[name][where], field.name)
+    if not (METHODS[name]["likelihood"].exact and field.name in ("square", "merge", "draws"))  # refused, or another law
+    if (where, field.name) != ("likelihood", "temperature")  # the decoder's
 ]
 
 
@@ -142,6 +186,16 @@ def test_every_argument_has_an_effect(name, where, argument):
     changed = settings | {where: replace(settings[where], **{argument: OTHERS[argument]})}
     same = {"micro_batch": None, "max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0)}
     assert not torch.equal(train(3, **settings | same)[0], train(3, **changed | same)[0])
+
+
+@pytest.mark.parametrize(("name", "where", "argument"), NEW_ARGUMENTS)
+def test_every_argument_of_the_methods_on_traces_has_an_effect(name, where, argument):
+    settings, same = METHODS[name], {"max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0)}
+    settings = settings | {"updates": 1 if argument == "draws" else max(2, settings["updates"])}
+    if argument == "kl_at":
+        settings = settings | {"objective": replace(settings["objective"], beta=0.02)}
+    changed = settings | {where: replace(settings[where], **{argument: TRACED[argument]})}
+    assert not torch.equal(train(2, **settings, **same)[0], train(2, **changed, **same)[0])
 
 
 def test_where_the_penalty_is_applied_and_to_what_has_an_effect():
@@ -278,12 +332,54 @@ def refused(capsys, *flags: str) -> str:
         (["gdpo", "--model.likelihood=Autoregressive"], "likelihood=Autoregressive scores a token"),
         (["../sudoku_grpo", "--model.policy.path=bundled:sudoku"], "use Decoding"),
         (["gdpo", "--model.beta=0.1"], "model.beta is now model.objective.beta"),
+        (
+            ["rtb", "--model.decoding.order=espo_lightning.low_confidence"],
+            "order of this decoding depends on the policy",
+        ),
+        (["rtb", "--model.likelihood.draws=4"], "sampled or merged steps"),
+        (["rtb", "--model.likelihood.merge=4"], "sampled or merged steps"),
+        (["rtb", "--model.decoding.temperature=0"], "decoding.temperature is 0"),
+        (["rtb", "--model.decoding.top_p=0.9"], "needs decoding.top_p=1, got 0.9"),
+        (["rtb", "--model.micro_batch=3"], "micro_batch must be a multiple of group_size"),
+        (["agrpo", "--model.decoding.top_p=0.9"], "needs decoding.top_p=1, got 0.9"),
+        (["agrpo", "--model.decoding.temperature=0.9"], "likelihood.temperature is 0.6 and decoding.temperature 0.9"),
+        (["justgrpo", "--model.likelihood.entropy=true"], "entropy draws steps"),
+        (
+            ["tracerl", "--model.decoding.block_length=4", "--model.decoding.prefix_cache=true"],
+            "prefix_cache draws from",
+        ),
+        (["tracerl", "--model.decoding.corrector=3"], "decoding.corrector draws some of them again"),
+        (["egspo", "--model.decoding.steps=4", "--model.updates=8"], "takes 1 steps in each of 8 updates"),
+        (["sepo", "--model.likelihood.draws=17"], "likelihood.draws is 17, but decoding.length"),
+        (["sepo", "--model.objective.ratio.clip=2"], "TruncatedRatio.clip must lie between 0 and 1"),
+        (["trafl", "--model.likelihood.draws=1"], "square=k2_u needs independent mask draws"),
+        (["rtb", "--model.policy.path=bundled:sudoku_causal"], "cannot denoise"),
     ],
 )
 def test_what_does_not_fit_is_one_message_and_nothing_written(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, "--config", str(EXPERIMENTS / "methods" / f"{flags[0]}.yaml"), *flags[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+@EACH
+def test_a_preset_is_the_same_after_other_files(name, tmp_path):
+    """What files before it say of the same settings does not leak into it: the parser hands on arguments that another
+    class has, too."""
+    keys = ("objective", "likelihood")
+    parser = ArgumentParser()
+    parser.add_class_arguments(
+        ESPOModule, "model", skip=set(signature(ESPOModule).parameters) - {*keys}, instantiate=False
+    )
+    parser.add_argument("--config", action="config")
+    files = {}
+    for path in (EXPERIMENTS / "methods" / f"{name}.yaml", EXPERIMENTS / "llada.yaml", EXPERIMENTS / "paper_demo.yaml"):
+        settings = yaml.safe_load(path.read_text())["model"]
+        files[path.stem] = tmp_path / path.name
+        files[path.stem].write_text(yaml.safe_dump({"model": {k: v for k, v in settings.items() if k in keys}}))
+    flags = [f"--config={files[stem]}" for stem in ("llada", "paper_demo", name)]
+    after, alone = (parser.instantiate(parser.parse_args(x)).model for x in (flags, flags[-1:]))
+    assert after == alone
 
 
 def test_defaults_are_the_same_in_python_on_the_command_line_and_in_studies():

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espo_lightning.decoding.masked import Decoding, _proposer, end
+from espo_lightning.decoding.decoder import Trace
+from espo_lightning.decoding.masked import Decoding, _note, _proposer, end
 from espo_lightning.decoding.schedules import Step, commit
 from espo_lightning.keys import fold_in, uniform
 
@@ -27,12 +28,13 @@ class BlockDecoding(Decoding):
     Args:
         length, block_length, steps, temperature, order, top_p, order_temperature, schedule, threshold, early_stop: as
             in `Decoding`.
-        prefix_cache: must be off: it is an approximation, and this cache is exact.
+        prefix_cache, corrector: must be off: the one is an approximation, and this cache is exact; the other changes
+            finished blocks.
         cache: keep keys and values of finished blocks; false computes all of them in every step, to the same
             completions.
 
     Raises:
-        ValueError: what `Decoding` raises, and prefix_cache.
+        ValueError: what `Decoding` raises, prefix_cache, and a corrector.
     """
 
     cache: bool = True
@@ -43,7 +45,17 @@ class BlockDecoding(Decoding):
                 "prefix_cache is superfluous with BlockDecoding, whose own cache is exact: drop it (cache: false "
                 "computes everything in every step)"
             )
+        if self.corrector:
+            raise ValueError(
+                "corrector draws tokens of finished blocks anew, which later blocks have already seen: it must be 0 "
+                f"with BlockDecoding, got {self.corrector}"
+            )
         super().__post_init__()
+
+    @property
+    def passes(self) -> int:
+        """The most steps of a completion, whose positions may lie in one block more than their number asks for."""
+        return super().passes // self.blocks * (self.blocks + (self.block_length > 1))
 
     def check(self, policy) -> None:
         layout = getattr(policy, "layout", None)
@@ -66,8 +78,13 @@ class BlockDecoding(Decoding):
                 "whole_last_layer: set decoding.cache to false"
             )
 
+    def decode(
+        self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more
+    ) -> tuple[Tensor, Trace]:
+        return decode_blocks(policy, prompts, keys, self, agree, traced=True)
+
     def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
-        return generate_blocks(policy, prompts, keys, self, agree)
+        return decode_blocks(policy, prompts, keys, self, agree, traced=False)[0]
 
 
 class _Canvas:
@@ -118,9 +135,9 @@ class _Canvas:
 
 
 @torch.no_grad()
-def generate_blocks(
-    policy, prompts, keys: Tensor, decoding: BlockDecoding, agree: Callable[[bool], bool] = lambda more: more
-) -> Tensor:
+def decode_blocks(
+    policy, prompts, keys: Tensor, decoding: BlockDecoding, agree: Callable[[bool], bool], *, traced: bool
+) -> tuple[Tensor, Trace | None]:
     """Fill the canvas block by block; a completion depends on its key and its prompt only.
 
     Args:
@@ -128,20 +145,23 @@ def generate_blocks(
         prompts: `Prompts` of B rows and width P.
         keys: int64 [B], the randomness of each completion; noise is numbered by (key, step, position).
         agree: see `generate`; asked where the number of passes depends on the data, or on the prompts.
+        traced: whether to note a `Trace`.
 
     Returns:
-        Token ids [B, L] without a mask token.
+        Token ids [B, L] without a mask token, and their trace.
     """
     canvas, length, plan = _Canvas(policy, prompts, decoding), decoding.length, decoding.plan
-    slots, propose = canvas.slots, _proposer(decoding, canvas.ids.new_tensor(policy.mask_id))
+    slots, propose = canvas.slots, _proposer(decoding, canvas.ids.new_tensor(policy.mask_id), traced)
     everyone = torch.arange(len(canvas.ids), device=keys.device)
+    steps, nats = torch.full_like(canvas.ids, -1), torch.zeros(canvas.ids.shape, device=keys.device)  # of the trace
     ask = decoding.data_dependent or policy.layout.origin == "global"  # then blocks differ from prompt to prompt
+    busy = sum(step != Step(0) for step in plan)
     for block in range(slots.count):
         places = slice(slots.width + block * slots.block, slots.width + (block + 1) * slots.block)
         if block and ask and not agree(bool(canvas.hidden(everyone, slice(slots.width, None)).any())):
             break
         canvas.finish(places.start)
-        rows = everyone
+        rows, taken = everyone, block * busy
         for number, step in enumerate(plan, block * len(plan)):
             if step == Step(0):
                 continue
@@ -154,12 +174,17 @@ def generate_blocks(
                     rows = rows[needed if len(needed) else everyone[:1]]
                     hidden = canvas.hidden(rows, places)
             u_token, u_order = _noise(keys[rows], number, slots.where[rows], places, length)[:, hidden]
-            tokens, priority = canvas.run(rows, places, hidden, propose, u_token, u_order)
+            tokens, priority, *noted = canvas.run(rows, places, hidden, propose, u_token, u_order)
             chosen, old = commit(hidden, priority, step), canvas.ids[rows, places]
             canvas.ids[rows, places] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)
+            for entropy in noted:
+                found = torch.zeros_like(hidden, dtype=nats.dtype).masked_scatter(hidden, entropy)
+                _note(Trace(steps, nats), (rows, places), chosen, taken, found)
+            taken += 1
             if decoding.early_stop:
                 canvas.stop_ended(rows)
-    return canvas.ids.gather(1, slots.where)
+    completion, *trace = (x.gather(1, slots.where) for x in (canvas.ids, steps, nats))
+    return completion, Trace(*trace) if traced else None
 
 
 def _noise(keys: Tensor, number: int, where: Tensor, places: slice, length: int) -> Tensor:

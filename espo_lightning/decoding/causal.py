@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espo_lightning.decoding.decoder import Decoder
-from espo_lightning.decoding.proposals import sample_tokens, warp
+from espo_lightning.decoding.decoder import Decoder, Trace
+from espo_lightning.decoding.proposals import entropy, sample_tokens, warp
 from espo_lightning.keys import uniform
 
 
@@ -26,6 +26,7 @@ class AutoregressiveDecoding(Decoder):
 
     length: int = 16
     temperature: float = 1.0
+    order_free = True
 
     def __post_init__(self):
         if self.length < 1:
@@ -39,40 +40,46 @@ class AutoregressiveDecoding(Decoder):
                 "decoding=AutoregressiveDecoding needs a causal policy, but this one is a diffusion model: use Decoding"
             )
 
+    @property
+    def passes(self) -> int:
+        return self.length
+
+    def decode(
+        self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more
+    ) -> tuple[Tensor, Trace]:
+        return decode_left_to_right(policy, prompts, keys, self, agree, traced=True)
+
     def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
-        return generate_left_to_right(policy, prompts, keys, self, agree)
+        return decode_left_to_right(policy, prompts, keys, self, agree, traced=False)[0]
 
 
 @torch.no_grad()
-def generate_left_to_right(
-    policy,
-    prompts,
-    keys: Tensor,
-    decoding: AutoregressiveDecoding,
-    agree: Callable[[bool], bool],
-) -> Tensor:
+def decode_left_to_right(
+    policy, prompts, keys: Tensor, decoding: AutoregressiveDecoding, agree: Callable[[bool], bool], *, traced: bool
+) -> tuple[Tensor, Trace | None]:
     """Sample y_i from p(. | x, y_<i), i = 1..L, and stop once all completions have ended.
 
     Args:
         policy: a causal `Policy`.
         prompts: `Prompts` of B rows and width P.
         keys: int64 [B], the randomness of each completion; position i takes the i-th uniform of its key.
-        agree: see `Decoder.generate`; asked once before every token.
+        agree: see `Decoder.decode`; asked once before every token.
+        traced: whether to note the entropies.
 
     Returns:
-        Token ids [B, L], end-of-text from each completion's first one on.
+        Token ids [B, L], end-of-text from each completion's first one on; and their `Trace`, position i in step i.
     """
     batch, length = len(prompts.ids), decoding.length
     end = policy.tokenizer.eos_token_id
     ends = torch.tensor(sorted(policy.eos_ids), device=prompts.ids.device)
     completion = prompts.ids.new_full((batch, length), end)
     running = torch.ones(batch, dtype=torch.bool, device=prompts.ids.device)
-    noise = uniform(keys, length)
+    noise, entropies = uniform(keys, length), torch.zeros(batch, length, device=keys.device)
 
-    def draw(logits: Tensor, u: Tensor) -> Tensor:
-        if decoding.temperature == 0:
-            return logits.argmax(-1)
-        return sample_tokens(warp(logits, decoding.temperature, top_p=1.0), u)
+    def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        warped = warp(logits, decoding.temperature, top_p=1.0)
+        tokens = sample_tokens(warped, u) if decoding.temperature else warped.argmax(-1)
+        return (tokens, entropy(warped)) if traced else (tokens,)
 
     prefix = policy.prefix()
     for i in range(length):
@@ -80,7 +87,10 @@ def generate_left_to_right(
             break
         ids = torch.cat([prompts.ids, completion[:, :i]], 1)
         select = F.pad(torch.zeros_like(ids, dtype=torch.bool), (0, 1), value=True)  # the token to come
-        tokens = policy(ids, prompts.attention(i), select, draw, noise[:, i], prefix=prefix)
+        tokens, *noted = policy(ids, prompts.attention(i), select, draw, noise[:, i], prefix=prefix)
         completion[:, i] = tokens.where(running, end)
+        for entropy_of_tokens in noted:
+            entropies[:, i] = entropy_of_tokens.where(running, 0.0)
         running &= ~torch.isin(tokens, ends)
-    return completion
+    steps = torch.arange(length, device=keys.device).expand(batch, -1)
+    return completion, Trace(steps, entropies) if traced else None

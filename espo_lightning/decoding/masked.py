@@ -22,22 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from espo_lightning.decoding.decoder import Decoder
-from espo_lightning.decoding.orders import low_confidence, perturb, random_order
-from espo_lightning.decoding.proposals import sample_tokens, warp
+from espo_lightning.decoding.decoder import Decoder, Trace
+from espo_lightning.decoding.orders import POLICY_FREE, low_confidence, perturb, random_order
+from espo_lightning.decoding.proposals import entropy, sample_tokens, warp
 from espo_lightning.decoding.schedules import Step, commit, even_schedule
-from espo_lightning.keys import fold_in, uniform
-
-# ---- proposals ------------------------------------------------------------------------------------------------------
-
-
-# ---- orders: (logits [n, V], warped logits [n, V], proposed tokens [n], uniforms [n]) -> priorities [n] --------------
-
-
-# ---- schedules: (hidden tokens of a block, steps) -> steps ----------------------------------------------------------
-
-
-# ---- decoding -------------------------------------------------------------------------------------------------------
+from espo_lightning.keys import fold_in, randint, uniform
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,8 @@ class Decoding(Decoder):
         steps: denoising steps for the whole canvas, a multiple of the number of blocks; steps = length commits
             one token a step.
         temperature: of the proposed tokens; 0 is greedy.
-        order: which proposals a step commits first: `low_confidence`, `random_order`, `entropy_order`, `margin_order`.
+        order: which proposals a step commits first: `low_confidence`, `random_order`, `left_to_right`, `entropy_order`,
+            `margin_order`.
         top_p: propose from the nucleus of this probability; 1 = from all tokens.
         order_temperature: draw the positions with probabilities softmax(priority / order_temperature) instead of
             taking the first (Dream's alg_temp); 0 = take the first.
@@ -66,6 +56,10 @@ class Decoding(Decoder):
             (Fast-dLLM's prefix cache). An approximation: in a bidirectional network they change with every commit.
             Measure before use: it costs the small trained Sudoku policy two thirds of its right answers
             (benchmarks/NOTES.md).
+        corrector: after the last step, so many times hide one position, uniformly drawn, and propose its token anew,
+            for one forward pass each. A Gibbs sampler of the policy's one-masked conditionals: it leaves a law that
+            they agree with as it is, and drags any other one towards them (how we read SEPO's gradient flow,
+            arXiv:2502.01384).
 
     Raises:
         ValueError: lengths or steps that do not divide, numbers out of range, settings that contradict each other.
@@ -82,6 +76,7 @@ class Decoding(Decoder):
     threshold: float | None = None
     early_stop: bool = False
     prefix_cache: bool = False
+    corrector: int = 0
 
     def __post_init__(self):
         if min(self.length, self.block_length) < 1 or self.length % self.block_length:
@@ -100,6 +95,8 @@ class Decoding(Decoder):
             raise ValueError(f"order_temperature must be 0 (take the first) or positive, got {self.order_temperature}")
         if self.order_temperature and self.order is random_order:
             raise ValueError("order_temperature has no effect with random_order: set it to 0, or take another order")
+        if self.corrector < 0:
+            raise ValueError(f"corrector must be 0 (none) or a number of passes, got {self.corrector}")
         plan = self.schedule(self.block_length, self.steps // blocks)
         if (sure := sum(step.count for step in plan)) < self.block_length:
             raise ValueError(f"schedule must commit all {self.block_length} tokens of a block; only {sure} are sure")
@@ -130,6 +127,17 @@ class Decoding(Decoder):
         plan = self.schedule(self.block_length, self.steps // self.blocks)
         return plan if self.threshold is None else [step._replace(bar=math.log(self.threshold)) for step in plan]
 
+    @property
+    def passes(self) -> int:
+        """The most forward passes of a completion: of every step that may commit something, and of the corrector."""
+        return self.blocks * sum(step != Step(0) for step in self.plan) + self.corrector
+
+    @property
+    def order_free(self) -> bool:
+        """Whether the positions that a step commits are drawn without looking at the policy; see `Decoder`."""
+        at_once = sum(step != Step(0) for step in self.plan) == 1
+        return self.threshold is None and (self.order in POLICY_FREE or self.block_length == 1 or at_once)
+
     def check(self, policy) -> None:
         if policy.mask_id is None:
             raise ValueError(
@@ -150,6 +158,11 @@ class Decoding(Decoder):
                 f"BlockDecoding with block_length {layout.block}"
             )
 
+    def decode(
+        self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more
+    ) -> tuple[Tensor, Trace]:
+        return decode(policy, prompts, keys, self, agree)
+
     def generate(self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more) -> Tensor:
         return generate(policy, prompts, keys, self, agree)
 
@@ -164,22 +177,6 @@ class Decoding(Decoder):
         return self.threshold is not None or self.early_stop
 
 
-def _proposer(decoding: Decoding, mask_token: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    """(logits [n, V], uniforms [n] twice) -> tokens [n] and their priorities."""
-
-    def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, ...]:
-        logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
-        warped = warp(logits, decoding.temperature, decoding.top_p)
-        tokens = sample_tokens(warped, u_token) if decoding.temperature else warped.argmax(-1)
-        priority = decoding.order(logits, warped, tokens, u_order)
-        if decoding.order_temperature:
-            priority = perturb(priority, decoding.order_temperature, u_order)
-        return tokens, priority
-
-    return propose
-
-
-@torch.no_grad()
 def generate(
     policy, prompts, keys: Tensor, decoding: Decoding, agree: Callable[[bool], bool] = lambda more: more
 ) -> Tensor:
@@ -201,18 +198,48 @@ def generate(
     Returns:
         Token ids [B, L] without a mask token.
     """
+    return _unmask(policy, prompts, keys, decoding, agree, traced=False)[0]
+
+
+def decode(
+    policy, prompts, keys: Tensor, decoding: Decoding, agree: Callable[[bool], bool] = lambda more: more
+) -> tuple[Tensor, Trace]:
+    """The same completions as `generate` makes, whose arguments these are, in the same passes; and their `Trace`."""
+    return _unmask(policy, prompts, keys, decoding, agree, traced=True)
+
+
+def _proposer(decoding: Decoding, mask_token: Tensor, traced: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """(logits [n, V], uniforms [n] twice) -> tokens [n], their priorities, and if ``traced`` their laws' entropies."""
+
+    def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, ...]:
+        logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
+        warped = warp(logits, decoding.temperature, decoding.top_p)
+        tokens = sample_tokens(warped, u_token) if decoding.temperature else warped.argmax(-1)
+        priority = decoding.order(logits, warped, tokens, u_order)
+        if decoding.order_temperature:
+            priority = perturb(priority, decoding.order_temperature, u_order)
+        return (tokens, priority, entropy(warped).float()) if traced else (tokens, priority)
+
+    return propose
+
+
+@torch.no_grad()
+def _unmask(
+    policy, prompts, keys: Tensor, decoding: Decoding, agree: Callable[[bool], bool], *, traced: bool
+) -> tuple[Tensor, Trace | None]:
     width, length = prompts.ids.shape[1], decoding.length
     canvas = F.pad(prompts.ids, (0, length), value=policy.mask_id)
     attention, mask_token = prompts.seen_by(policy, length), canvas.new_tensor(policy.mask_id)
     everyone, plan = torch.arange(len(canvas), device=canvas.device), decoding.plan
-
-    propose = _proposer(decoding, mask_token)
+    propose, shape = _proposer(decoding, mask_token, traced), (len(canvas), length)
+    trace = Trace(keys.new_full(shape, -1), torch.zeros(shape, device=keys.device)) if traced else None
+    busy = sum(step != Step(0) for step in plan)  # the trace numbers steps that may commit; the noise, all of them
 
     for block in range(decoding.blocks):
         first = block * decoding.block_length
         inside = slice(first, first + decoding.block_length)  # of the completion
         active = slice(width + inside.start, width + inside.stop)  # of the canvas
-        rows = everyone
+        rows, taken = everyone, block * busy
         cached = {"prefix": policy.prefix(active.start)} if decoding.prefix_cache else {}
         for number, step in enumerate(plan, block * len(plan)):
             if step == Step(0):
@@ -233,14 +260,47 @@ def generate(
             # noise is numbered by (key, step, position), whoever else is in the batch
             noise = uniform(fold_in(keys[rows], number), 2 * length).view(-1, 2, length)[:, :, inside]
             u_token, u_order = noise.transpose(0, 1)[:, hidden]
-            tokens, priority = policy(
+            tokens, priority, *noted = policy(
                 ids, None if attention is None else attention[rows], select, propose, u_token, u_order, **cached
             )
             chosen, old = commit(hidden, priority, step), ids[:, active]
             canvas[rows, active] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)
+            if traced:
+                nats = torch.zeros_like(hidden, dtype=torch.float32).masked_scatter(hidden, *noted)
+                _note(trace, (rows, inside), chosen, taken, nats)
+            taken += 1
             if decoding.early_stop:
                 canvas[rows, width:] = end(canvas[rows, width:], policy)
-    return canvas[:, width:]
+    for number in range(decoding.corrector):
+        step = fold_in(keys, decoding.blocks * len(plan) + number)
+        _correct(policy, canvas, attention, step, propose, length, trace, decoding.blocks * busy + number)
+    return canvas[:, width:], trace
+
+
+def _note(trace: Trace, where: tuple[Tensor | slice, slice], chosen: Tensor, step: int, nats: Tensor) -> None:
+    """Write into a trace that a step committed the ``chosen`` positions [n, l] of some rows and columns."""
+    for record, value in zip(trace, (step, nats)):
+        record[where] = torch.where(chosen, value, record[where])
+
+
+def _correct(
+    policy,
+    canvas: Tensor,
+    attention: Tensor | None,
+    keys: Tensor,
+    propose: Callable[..., tuple[Tensor, ...]],
+    length: int,
+    trace: Trace | None,
+    step: int,
+) -> None:
+    """Draw the token of one random position of every row anew, in place."""
+    place = torch.arange(length, device=keys.device) == randint(fold_in(keys, -1), length).unsqueeze(-1)
+    select = F.pad(place, (canvas.shape[1] - length, 0))
+    noise = uniform(keys, 1).squeeze(-1)
+    tokens, _, *noted = policy(canvas.masked_fill(select, policy.mask_id), attention, select, propose, noise, noise)
+    canvas.masked_scatter_(select, tokens)
+    for nats in noted:
+        _note(trace, (slice(None), slice(None)), place, step, nats.unsqueeze(-1))
 
 
 def end(completion: Tensor, policy) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.decoding.proposals import entropy
 from espo_lightning.keys import real
 
 
@@ -20,10 +21,17 @@ def random_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> T
     return u.float()
 
 
+def left_to_right(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
+    """The leftmost positions first: with one token a step, the autoregressive order on a canvas of masks (JustGRPO).
+
+    All priorities are equal, and `commit` then takes the left one.
+    """
+    return torch.zeros_like(u, dtype=torch.float32)
+
+
 def entropy_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
     """Dream's ``entropy``: the positions of lowest entropy first, after temperature and top-p; minus nats."""
-    probabilities = warped.softmax(-1)
-    return torch.special.xlogy(probabilities, probabilities).sum(-1)
+    return -entropy(warped)
 
 
 def margin_order(logits: Tensor, warped: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
@@ -37,3 +45,6 @@ def perturb(priority: Tensor, temperature: float, u: Tensor) -> Tensor:
     softmax(priority / temperature) (Gumbel top-k). [n], uniforms [n] -> [n]."""
     gumbel = -torch.log(-torch.log(u.to(real(u.device)).clamp(min=2.0**-54)))
     return priority / temperature + gumbel.to(priority.dtype)
+
+
+POLICY_FREE = (random_order, left_to_right)  # orders that do not look at the policy

@@ -40,3 +40,9 @@ def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
     if impossible.any():  # a parallel sum (CUDA) may rise by rounding where nothing is added
         token = torch.where(impossible, probabilities.argmax(-1, keepdim=True), token)
     return token.squeeze(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of softmax(logits): [n, V] -> [n], nats; tokens at -inf count nothing."""
+    probabilities = logits.softmax(-1)
+    return -torch.special.xlogy(probabilities, probabilities).sum(-1)

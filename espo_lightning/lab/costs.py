@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.keys import fold_in
-from espo_lightning.lab.flops import Passes, Work, work
+from espo_lightning.lab.flops import Passes, Work, plain_trace, work
 from espo_lightning.lab.flops_blocks import cache_bytes
 from espo_lightning.lab.network import Network
 from espo_lightning.policies.prefix import HEAD_BYTES
-from espo_lightning.scoring.likelihood import Likelihood
+from espo_lightning.scoring.likelihood import Likelihood, Seen
 
 BF16, FP32 = 2, 4  # bytes
 SAMPLES = 4096  # completions whose masks are drawn, to average how many positions are hidden
@@ -153,10 +154,14 @@ def memory(
     return held | backward | {"total": sum((held | backward).values())} | keys | {"total in the rollout": rollout}
 
 
-def expected_work(rollout: Passes, likelihood: Likelihood, completions: int, length: int, sets: int, **options) -> Work:
+def expected_work(
+    rollout: Passes, likelihood: Likelihood, completions: int, decoding: Decoder, sets: int, **options
+) -> Work:
     """The mean of `work` over many draws of the masks, ``sets`` of them per rollout. options: see `work`."""
-    repeats = math.ceil(SAMPLES / completions / sets)
-    drawn = likelihood.draw(fold_in(0, torch.arange(repeats * sets * completions)), length)
+    repeats = math.ceil(SAMPLES / completions / sets) if likelihood.random else 1
+    keys = fold_in(0, torch.arange(repeats * sets * completions))
+    trace = plain_trace(decoding, len(keys)) if likelihood.traced else None
+    drawn = likelihood.masks(keys, Seen.whole(keys, decoding.length)._replace(trace=trace))
     masks = [drawn.of(slice(i, i + completions)) for i in range(0, repeats * sets * completions, completions)]
     sampled = [work(rollout, masks[i : i + sets], **options) for i in range(0, len(masks), sets)]
     return Work(*(sum(phase, rollout * 0) * (1 / repeats) for phase in zip(*sampled)))

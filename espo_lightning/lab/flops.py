@@ -10,11 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.lab.network import Network
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.policies.prefix import HEAD_BYTES
 from espo_lightning.scoring.masks import Masks
+from espo_lightning.scoring.score import DRAWS
 
 # ---- passes: what runs ----------------------------------------------------------------------------------------------
 
@@ -66,12 +70,36 @@ def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
     the data and is not counted: an upper bound for them.
     """
     hidden = hidden_in_steps(decoding)
-    calls = decoding.blocks * len(hidden)
-    return Passes(calls, completions * calls, width, completions * decoding.blocks * sum(hidden))
+    calls = decoding.blocks * len(hidden) + decoding.corrector
+    positions = decoding.blocks * sum(hidden) + decoding.corrector
+    return Passes(calls, completions * calls, width, completions * positions)
 
 
-def scoring_passes(masks: Masks, width: int, micro_batch: int) -> Passes:
-    """Those of `log_probs` in micro-batches: no row that scores nothing, but at least one per call."""
+def plain_trace(decoding: Decoder, completions: int) -> Trace:
+    """Traces as the schedule makes them in any order, here from the left, with the same entropy everywhere.
+
+    What ``threshold`` and ``early_stop`` save is not counted; ``origin_schedule`` counts with its mean.
+    """
+    if not isinstance(decoding, Decoding):
+        steps = torch.arange(decoding.length)
+    else:
+        counts, left = [], decoding.block_length
+        for count, bar in decoding.schedule(decoding.block_length, decoding.steps // decoding.blocks):
+            if count or bar < 1:
+                counts.append(min(left, count or round(left * (1 - bar))))
+                left -= counts[-1]
+        steps = torch.arange(len(counts) * decoding.blocks).repeat_interleave(torch.tensor(counts * decoding.blocks))
+    return Trace(steps.expand(completions, -1), torch.ones(completions, decoding.length))
+
+
+def scoring_passes(masks: Masks, width: int, micro_batch: int, draws: int | None = None) -> Passes:
+    """Those of `log_probs` in micro-batches: no row that scores nothing, but at least one per call.
+
+    draws: of which a call scores at most so many; None = all.
+    """
+    if draws is not None and len(masks.weight) > draws:
+        parts = [scoring_passes(part, width, micro_batch) for part in masks.split(draws)]
+        return sum(parts[1:], parts[0])
     scored = masks.scored.flatten(0, 1)  # [H M, B, L]
     used = scored.any(-1)
     idle = ~used[0, ::micro_batch]  # the first row of a call always runs
@@ -99,7 +127,7 @@ def work(
     objective: Objective,
     micro_batch: int,
     view_by_view: bool,
-    scoring: Callable[[Masks, int, int], Passes] = scoring_passes,
+    scoring: Callable[..., Passes] = scoring_passes,
 ) -> Work:
     """What `ESPOModule.training_step` runs.
 
@@ -108,20 +136,18 @@ def work(
         masks: U sets [M, B, L]; U = ``updates``, or 1 if they are reused.
         updates, micro_batch, view_by_view: as in `ESPOModule`.
         objective: says whether old and reference log-probabilities are needed.
-        scoring: the passes of a likelihood on given masks.
+        scoring: the passes of a likelihood on given masks, as `scoring_passes`.
     """
     nothing = rollout * 0
-    sets = [scoring(m, rollout.width, micro_batch) for m in masks]
-    trained = sum(sets, nothing) * (updates // len(sets))
-    if view_by_view:
-        views = [scoring(view, rollout.width, micro_batch) for m in masks for view in m.single_passes()]
-        single = sum(views, nothing) * (updates // len(sets))
+    sets = [scoring(m, rollout.width, micro_batch, draws=DRAWS) for m in masks]  # without a graph
+    trained = masks if not view_by_view else [view for m in masks for view in m.single_passes()]
+    repeats = updates // len(sets)
     return Work(
         rollout=rollout,
         old=sum(sets[1:], nothing) if objective.old else nothing,
         reference=sum(sets, nothing) if objective.reference else nothing,
-        terms=trained if view_by_view else nothing,
-        updates=single if view_by_view else trained,
+        terms=sum(sets, nothing) * repeats if view_by_view else nothing,
+        updates=sum((scoring(m, rollout.width, micro_batch) for m in trained), nothing) * repeats,
     )
 
 

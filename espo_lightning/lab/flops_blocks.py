@@ -17,7 +17,7 @@ def pass_of(rows: float, tokens: int, keys: int, width: int, positions: float = 
 
 
 def block_decoding_passes(decoding: BlockDecoding, completions: int, width: int) -> Passes:
-    """Those of `generate_blocks`: one clean pass of the prompt and of every block but the last, and the steps."""
+    """Those of `decode_blocks`: one clean pass of the prompt and of every block but the last, and the steps."""
     block, hidden = decoding.block_length, hidden_in_steps(decoding)
     prompt, passes = width - decoding.length, Passes(0, 0, width, 0, 0)
     for number in range(decoding.blocks):
@@ -31,11 +31,18 @@ def block_decoding_passes(decoding: BlockDecoding, completions: int, width: int)
     return passes
 
 
-def block_scoring_passes(masks: Masks, width: int, micro_batch: int, *, block: int, resumes: bool = True) -> Passes:
+def block_scoring_passes(
+    masks: Masks, width: int, micro_batch: int, draws: int | None = None, *, block: int, resumes: bool = True
+) -> Passes:
     """Those of `block_log_probs`: clean tokens once per completion, then noisy ones in parts, where they are read.
 
-    resumes: see `Policy.resumes`; if not, clean tokens go along with every noisy copy.
+    draws: of which a call scores at most so many; None = all. resumes: see `Policy.resumes`; if not, clean tokens go
+    along with every noisy copy.
     """
+    if draws is not None and len(masks.weight) > draws:
+        settings = {"block": block, "resumes": resumes}
+        parts = [block_scoring_passes(part, width, micro_batch, **settings) for part in masks.split(draws)]
+        return sum(parts[1:], parts[0])
     length, batch = masks.hidden.shape[-1], masks.hidden.shape[1]
     known, scored = width - block, masks.scored.flatten(0, 1)  # [H M, B, L]
     calls = -(-batch // micro_batch)

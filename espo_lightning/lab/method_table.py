@@ -3,6 +3,7 @@
 Everything in it comes from the presets themselves: their settings, and the comments at their head.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import torch
 
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
-from espo_lightning.lab.flops import decoding_passes, work
+from espo_lightning.lab.flops import decoding_passes, plain_trace, work
 from espo_lightning.lab.methods import Method, read_method
+from espo_lightning.objectives.balance import Balance
+from espo_lightning.objectives.objective import Objective
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.scoring.likelihood import Seen
 
@@ -29,7 +32,8 @@ PAGE = """# Methods
 One page for every preset in [`experiments/methods`](../experiments/methods), generated from them by
 `python -m espo_lightning.lab.method_table experiments/methods > docs/methods.md`; a test compares. A method is a mask
 law (which states of a completion are scored), an advantage, and an objective; everything else is shared. Their losses
-and gradients equal the official code's to 1e-12 (`tests/test_methods.py`), with the departures that each preset names.
+and gradients equal the official code's to 1e-12 (`tests/test_methods.py`, `tests/test_trace_methods.py`), up to the
+constant factors and the departures that each preset names; RSPO and TraFL have no official code, but a formula.
 
 {table}
 
@@ -75,15 +79,28 @@ def decoding_of(decoding: Any) -> str:
     return ", ".join(f"{name} {name_of(getattr(decoding, name))}" for name in changed) or "default"
 
 
-def row(name: str, method: Method, path: Path) -> list[str]:
-    """One line of the table of settings."""
-    objective = method.objective
-    kl, score = "none", name_of(getattr(objective, "score", None) or getattr(objective, "ratio", None))
+def score_and_kl(objective: Objective) -> tuple[str, str]:
+    """What is compared or weighed, and the penalty."""
+    if isinstance(objective, Balance):
+        clip = f", ε {objective.clip_range:g}" if objective.clip_range < math.inf else ""
+        to = "old policy" if objective.to_old else "reference"
+        penalty = f", {name_of(objective.kl)}, β {objective.beta:g}" if objective.beta else ""
+        square = f"{name_of(objective.square)} of the log-ratio to the {to}, κ {objective.temperature:g}{clip}"
+        return square, ("none" if objective.to_old else "implicit, κ") if not penalty else penalty[2:]
+    score, kl = name_of(getattr(objective, "score", None) or getattr(objective, "ratio", None)), "none"
     if isinstance(objective, PolicyGradient):
-        score += f", ε {objective.clip_range:g}"
+        score += f", ε {objective.clip_range:g}" if objective.clip_range < math.inf else ""
+        score += f" and {objective.clip_high:g}" if objective.clip_high is not None else ""
         if objective.beta:
             to = " to the old policy" if objective.to_old else ""
             kl = f"{name_of(objective.kl)}, {name_of(objective.kl_at)}, β {objective.beta:g}{to}"
+    return score, kl
+
+
+def row(name: str, method: Method, path: Path) -> list[str]:
+    """One line of the table of settings."""
+    objective = method.objective
+    score, kl = score_and_kl(objective)
     kind = type(objective).__name__ + (f", cap {objective.cap:g}" if hasattr(objective, "cap") else "")
     cells = [kind, name_of(objective.count), name_of(method.advantage), kl, decoding_of(method.decoding)]
     paper = re.search(r"arXiv:(\d+\.\d+)", " ".join(header(path)[2])).group(1)
@@ -96,7 +113,8 @@ def forwards(method: Method, completions: int = SAMPLES) -> dict[str, float]:
     length = method.decoding.length
     random = method.fresh_masks and method.likelihood.random
     keys = torch.arange(completions)
-    seen = Seen.whole(keys, length)._replace(updates=method.updates)
+    trace = plain_trace(method.decoding, completions) if method.likelihood.traced else None
+    seen = Seen.whole(keys, length)._replace(updates=method.updates, trace=trace)
     masks = [
         method.likelihood.masks(fold_in(keys, u), seen._replace(update=u))
         for u in range(method.updates if random else 1)

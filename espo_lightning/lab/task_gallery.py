@@ -158,6 +158,10 @@ def entries(folder: Path) -> Iterator[Entry]:
     both = Weighted(countdown, extra={"espo_lightning.tasks.rewards.brevity": 0.1})
     flags = "Weighted --data.task.task=Countdown --data.task.extra='{\"espo_lightning.tasks.rewards.brevity\": 0.1}'"
     yield Entry(both, flags, answer, f"I think that it is {answer}")
+
+
+def gym_entries() -> Iterator[Entry]:
+    """Of an optional package."""
     for name, wrong in (("mini_sudoku", "<answer>1 2 3 4</answer>"), ("basic_arithmetic", "<answer>?</answer>")):
         gym = ReasoningGym(name)
         yield Entry(gym, f"ReasoningGym --data.task.name={name}", gym.problem("train", 0, 0).answer, wrong)
@@ -188,10 +192,11 @@ def section(entry: Entry) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def page() -> str:
-    """docs/tasks.md."""
+def page(*, gym: bool = True) -> str:
+    """docs/tasks.md; ``gym``: with the tasks of the optional package reasoning-gym."""
     with tempfile.TemporaryDirectory() as folder:
-        return PAGE.format(gallery="\n".join(section(entry) for entry in entries(Path(folder))))
+        shown_here = [*entries(Path(folder)), *(gym_entries() if gym else ())]
+        return PAGE.format(gallery="\n".join(section(entry) for entry in shown_here))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,11 @@ def k2_u(delta: Tensor) -> Tensor:
     return 0.5 * (delta.sum(0).square() - delta.square().sum(0)) / (draws * (draws - 1))
 
 
+def k2_each(delta: Tensor) -> Tensor:
+    """Half the mean of the squares of single draws: k2 inflated by the whole mask variance (GDSD, arXiv:2605.29398)."""
+    return 0.5 * delta.square().mean(0)
+
+
 def k3(delta: Tensor) -> Tensor:
     """exp(-delta) - 1 + delta; on exact likelihoods the gradient is that of KL(reference || policy)."""
     d = delta.mean(0)
@@ -71,3 +76,19 @@ def view_kl(scores: Scores, kl: Estimator, to: Tensor) -> Penalty:
     """Of every scored token of every draw: their sum, averaged over the draws (dLLM-RL, arXiv:2509.06949)."""
     every = kl(torch.where(scores.scored, scores.new - to, 0.0).unsqueeze(0))
     return (every * scores.scored).sum(-1).mean(0), 1.0
+
+
+def step_kl(scores: Scores, kl: Estimator, to: Tensor) -> Penalty:
+    """Of the sum over the tokens that a draw scores, divided by their number, averaged over the draws (EGSPO,
+    arXiv:2603.12554)."""
+    scored = scores.scored
+    every = kl(torch.where(scored, scores.new - to, 0.0).sum(-1).unsqueeze(0))
+    return (every / scored.sum(-1).clamp(min=1)).mean(0), 1.0
+
+
+def trace_kl(scores: Scores, kl: Estimator, to: Tensor) -> Penalty:
+    """Of every scored token of every draw, times its ratio to the old policy and the likelihood's weight; summed,
+    averaged over the draws, and divided by the canvas L (AGRPO, arXiv:2510.04019)."""
+    every = kl(torch.where(scores.scored, scores.new - to, 0.0).unsqueeze(0))
+    ratio = torch.where(scores.scored, scores.new - scores.old, 0.0).exp()
+    return (scores.weight * every * ratio).sum(-1).mean(0), scores.new.shape[-1]

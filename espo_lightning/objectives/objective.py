@@ -44,7 +44,8 @@ class Scores:
     @cached_property
     def terms(self) -> Tensor:
         """Weighted log-probabilities under the policy: [M, B, L]."""
-        return self.weight * self.new
+        with torch.enable_grad():  # it is kept, and the first to ask may be a statistic
+            return self.weight * self.new
 
     def delta(self, to: Tensor) -> Tensor:
         """Weighted log-ratio of every position to other log-probabilities: [M, B, L] -> [M, B, L]."""
@@ -90,5 +91,5 @@ class Objective(ABC):
             group: completions of a prompt, if ``groups``.
         """
 
-    def check(self, likelihood: Any) -> None:  # noqa: B027
-        """Raise a ValueError if the objective cannot use the scores of a likelihood."""
+    def check(self, likelihood: Any, decoding: Any) -> None:  # noqa: B027
+        """Raise a ValueError if the objective cannot use a likelihood's scores of what a decoder makes."""

@@ -28,11 +28,13 @@ class PolicyGradient(Objective):
     With the 1/L of the ratio and of the penalty, beta weighs a sequence-level KL in nats against rewards.
 
     Args:
-        ratio: `sequence_ratio` (ESPO), `token_ratio`, `scored_token_ratio`, `view_ratio`, or your own.
+        ratio: `sequence_ratio` (ESPO), `token_ratio`, `scored_token_ratio`, `view_ratio`, `trace_ratio`, `step_ratio`,
+            `truncated_ratio`, or your own.
         clip_range: eps of Eq. 7, in the unit of the ratio; inf switches clipping off.
         clip_nats: the same in nats per sequence, L ln(1 + eps); it takes the place of ``clip_range``.
-        kl: `k1`, `k1_score`, `k2`, `k2_u`, `k3`, or your own estimator [M, ...] -> [...].
-        kl_at: where it is applied: `sequence_kl` (ESPO), `undivided_kl`, `token_kl`, `view_kl`.
+        clip_high: the upper eps, in the unit of the ratio, where it is another one; null = the same.
+        kl: `k1`, `k1_score`, `k2`, `k2_u`, `k2_each`, `k3`, or your own estimator [M, ...] -> [...].
+        kl_at: where it is applied: `sequence_kl` (ESPO), `undivided_kl`, `token_kl`, `view_kl`, `step_kl`, `trace_kl`.
         beta: coefficient of the penalty; 0 drops the reference altogether.
         to_old: penalise the distance to the policy that decoded instead of a reference.
         count: how much a completion counts: `alike` (ESPO) or `by_length`.
@@ -41,9 +43,10 @@ class PolicyGradient(Objective):
         ValueError: no clip, or a negative clip or beta.
     """
 
-    ratio: Callable[[Scores], tuple[Tensor, Tensor]] = sequence_ratio
+    ratio: Callable = sequence_ratio  # its signature unnamed, so that the command line takes callable objects too
     clip_range: float | None = 0.05
     clip_nats: float | None = None
+    clip_high: float | None = None
     kl: Callable[[Tensor], Tensor] = k2
     kl_at: Callable[[Scores, Callable, Tensor], tuple[Tensor, Any]] = sequence_kl
     beta: float = 3e-3
@@ -53,7 +56,8 @@ class PolicyGradient(Objective):
     def __post_init__(self):
         if self.clip_range is None and self.clip_nats is None:
             raise ValueError("give clip_range or clip_nats; clip_range=inf switches clipping off")
-        for name, value in (("clip_range", self.clip_range), ("clip_nats", self.clip_nats)):
+        for name in ("clip_range", "clip_nats", "clip_high"):
+            value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be 0 or positive (inf: no clipping), got {value}")
         if not 0 <= self.beta < math.inf:
@@ -67,7 +71,7 @@ class PolicyGradient(Objective):
     def idle(self) -> bool:
         return self.beta == 0
 
-    def check(self, likelihood: Any) -> None:
+    def check(self, likelihood: Any, decoding: Any) -> None:
         if self.kl is k2_u and self.beta and likelihood.independent_draws < 2:
             raise ValueError("kl=k2_u needs independent mask draws: set likelihood.draws >= 2 and stratified: false")
 
@@ -77,9 +81,10 @@ class PolicyGradient(Objective):
 
     def __call__(self, scores: Scores, advantages: Tensor, group: int) -> tuple[Tensor, Statistics]:
         eps, a = self.eps(scores.new.shape[-1]), advantages.unsqueeze(-1)
+        high = eps if self.clip_high is None else self.clip_high
         log_ratio, weight = self.ratio(scores)  # [B, U]
         rho = bounded_exp(log_ratio)
-        surrogate = torch.minimum(rho * a, rho.clamp(1 - eps, 1 + eps) * a)
+        surrogate = torch.minimum(rho * a, rho.clamp(1 - eps, 1 + high) * a)
         nats, divisor = torch.zeros_like(advantages), 1.0
         if self.beta:
             nats, divisor = self.kl_at(scores, self.kl, scores.old if self.to_old else scores.ref)
@@ -89,7 +94,7 @@ class PolicyGradient(Objective):
                 "log_ratio": scores.delta(scores.old).sum(-1).mean(0),  # nats per sequence, before the 1/L
                 "kl": nats.detach(),  # nats per sequence, before beta and the divisor
                 "clip_low": (weight * (rho < 1 - eps)).sum(-1),  # share of ratios
-                "clip_high": (weight * (rho > 1 + eps)).sum(-1),
+                "clip_high": (weight * (rho > 1 + high)).sum(-1),
             }
         return losses, statistics
 

@@ -40,3 +40,26 @@ def view_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
     scored = scores.scored.to(log_ratio.dtype)
     weight = scored / scored.sum(-1, keepdim=True).clamp(min=1) / len(scored)
     return log_ratio.movedim(0, 1).flatten(1), weight.movedim(0, 1).flatten(1)
+
+
+def trace_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """A ratio for every scored token of every draw, with the likelihood's weight / (M L); U = M L.
+
+    On `Trajectory`, the sum over all tokens of a path, or the unbiased estimate of it from sampled steps, divided by
+    the canvas L (AGRPO, arXiv:2510.04019, with the number of steps in the place of L). Weights sum to 1 in the mean.
+    """
+    log_ratio = torch.where(scores.scored, scores.new - scores.old, 0.0)
+    weight = scores.weight / (len(log_ratio) * log_ratio.shape[-1])
+    return log_ratio.movedim(0, 1).flatten(1), weight.movedim(0, 1).flatten(1)
+
+
+def step_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """A ratio for all tokens together that a draw scores, divided by their number (EGSPO, arXiv:2603.12554); U = M.
+
+    Weights are 1 / (M times the number of tokens).
+    """
+    scored = scores.scored
+    log_ratio = torch.where(scored, scores.new - scores.old, 0.0).sum(-1)
+    tokens = scored.sum(-1)
+    weight = (tokens > 0) / tokens.clamp(min=1) / len(log_ratio)
+    return log_ratio.T, weight.T.to(log_ratio.dtype)

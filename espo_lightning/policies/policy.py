@@ -50,6 +50,12 @@ class Prompts(NamedTuple):
         )
 
 
+CARD = (
+    "LoRA adapters of the base model named above, trained with espo_lightning. `espo_lightning.load_policy` opens this "
+    "folder on its base; `python -m espo_lightning.export --policy=THIS --output=FOLDER` merges them into it.\n"
+)
+
+
 class Policy(nn.Module):
     """A language model, its tokenizer, and the one forward pass that sampler and scorer share.
 
@@ -320,6 +326,10 @@ class Policy(nn.Module):
             arguments["state_dict"] = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.model.save_pretrained(folder, **arguments)
         self.tokenizer.save_pretrained(folder)
+        if self.has_adapters:
+            card = Path(folder) / "README.md"  # peft's has a hundred places to fill in below its first lines
+            facts = card.read_text().split("---")[1]
+            card.write_text(f"---{facts}---\n\n{CARD}")
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> str:

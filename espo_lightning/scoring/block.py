@@ -13,7 +13,7 @@ from torch import Tensor
 
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, Seen
 from espo_lightning.scoring.masks import Masks, count_masks
-from espo_lightning.scoring.score import spread, token_log_probs
+from espo_lightning.scoring.score import DRAWS, spread, token_log_probs
 
 PART = 64  # slots of a noisy copy at once: early ones need not pass by the keys of what comes after them
 
@@ -26,8 +26,8 @@ class BlockELBO(ELBO):
     token, where nothing is left to draw, and the `ELBO` of the canvas where that is one block.
 
     Args:
-        draws, coupled, stratified, smallest_count: as in `ELBO`, in every block by itself; a draw of all blocks is one
-            pass, or two if coupled.
+        draws, coupled, stratified, smallest_count, weighted: as in `ELBO`, in every block by itself; a draw of all
+            blocks is one pass, or two if coupled.
         block: tokens of a block, as the policy has; it divides the canvas.
 
     Raises:
@@ -68,7 +68,7 @@ class BlockELBO(ELBO):
 
     def _masks(self, keys: Tensor, blocks: Tensor) -> Masks:
         law = {"coupled": self.coupled, "stratified": self.stratified, "smallest": self.smallest_count}
-        return count_masks(keys, blocks.shape[1], self.draws, **law, blocks=blocks)
+        return self.counted(count_masks(keys, blocks.shape[1], self.draws, **law, blocks=blocks))
 
     def log_probs(self, policy, prompts, completion: Tensor, masks: Masks) -> Tensor:
         """See `block_log_probs`."""
@@ -96,6 +96,8 @@ def block_log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor
     Returns:
         [M, B, L] nats; 0 where nothing is scored.
     """
+    if not torch.is_grad_enabled() and len(masks.weight) > DRAWS:
+        return torch.cat([block_log_probs(policy, prompts, completion, part) for part in masks.split(DRAWS)])
     used, hidden, wanted = masks.rows()
     owner = used % len(completion)
     slots = policy.layout.slots(prompts, completion.shape[1])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.keys import fold_in
 from espo_lightning.scoring.masks import (
     Masks,
@@ -30,6 +31,8 @@ class Seen(NamedTuple):
 
     valid: bool [B, L], up to and including the first end-of-text token. prompt: bool [B, P], real tokens of the prompt.
     keys: int64 [B], the same for all updates of a rollout. update, updates: number of this update, and of all.
+    trace: how they were decoded, for the laws that ask (``traced``), and None for others. passes: the most steps that
+    their decoder takes, so that all processes have equally many views; None = as many as the trace has.
     blocks: int64 [B, L], the block of every position in the policy's layout, counted from the first's; None = not said.
     """
 
@@ -38,6 +41,8 @@ class Seen(NamedTuple):
     keys: Tensor
     update: int = 0
     updates: int = 1
+    trace: Trace | None = None
+    passes: int | None = None
     blocks: Tensor | None = None
 
     @classmethod
@@ -47,31 +52,46 @@ class Seen(NamedTuple):
         return cls(valid, valid[:, :0], keys)
 
     @classmethod
-    def of(cls, policy, prompts, completion: Tensor, keys: Tensor, updates: int = 1) -> "Seen":
+    def of(
+        cls,
+        policy,
+        prompts,
+        completion: Tensor,
+        keys: Tensor,
+        updates: int = 1,
+        trace: Trace | None = None,
+        passes: int | None = None,
+    ) -> "Seen":
         """Completions [B, L] of a `Policy` after `Prompts`, before the first update."""
         position = torch.arange(completion.shape[1], device=completion.device)
         valid = position <= policy.lengths(completion).unsqueeze(-1)  # with the end-of-text token, if there is one
         real = torch.ones_like(prompts.ids, dtype=torch.bool) if prompts.mask is None else prompts.mask
         layout = getattr(policy, "layout", None)
         blocks = None if layout is None else layout.blocks(prompts, completion.shape[1])
-        return cls(valid, real, keys, updates=updates, blocks=blocks)
+        return cls(valid, real, keys, 0, updates, trace, passes, blocks)
 
     def of_rows(self, rows: Tensor) -> "Seen":
         """The same of some completions."""
+        trace = None if self.trace is None else self.trace.of_rows(rows)
         blocks = None if self.blocks is None else self.blocks[rows]
-        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows], blocks=blocks)
+        parts = {"valid": self.valid[rows], "prompt": self.prompt[rows], "keys": self.keys[rows]}
+        return self._replace(**parts, trace=trace, blocks=blocks)
 
 
 class Likelihood(ABC):
     """A mask law, and how completions are scored on its masks; that of a diffusion policy unless overridden.
 
     independent_draws: M if the draws of one completion are independent (`k2_u` asks), else 1.
-    random: whether another key gives other masks; if not, new masks for every update would all be the same.
+    random: whether masks differ from update to update; if not, new masks for every update would all be the same.
+    traced: whether the masks depend on the trace of the decoder, which then must be noted.
+    exact: whether the score is, without noise, the log-likelihood of a completion given the order it was decoded in.
     in_blocks: whether it scores block-causal policies, block by block.
     """
 
     independent_draws: int = 1
     random: bool = True
+    traced: bool = False
+    exact: bool = False
     in_blocks: bool = False
 
     def check(self, policy, length: int, updates: int = 1) -> None:
@@ -93,6 +113,9 @@ class Likelihood(ABC):
                 f"the policy has {layout}, and {type(self).__name__} hides positions of all blocks at once, a state "
                 f"that such a policy never decodes from: use likelihood=BlockELBO with block {layout.block}"
             )
+
+    def check_decoding(self, decoding: Decoder, updates: int = 1) -> None:  # noqa: B027
+        """Raise a ValueError if completions that were decoded this way cannot be scored; called after `check`."""
 
     @abstractmethod
     def draw(self, keys: Tensor, length: int) -> Masks:
@@ -139,12 +162,15 @@ class ELBO(Likelihood):
         stratified: spread the counts of the draws of one completion evenly. Excludes ``k2_u``.
         smallest_count: hidden positions uniform on 0..L (0, the authors' code) or 1..L (1, the paper's Eq. 3;
             needs ``coupled: false``). Same mean.
+        weighted: false = every scored position counts alike, 1, or 1/2 if coupled: not an ELBO (GDSD,
+            arXiv:2605.29398).
     """
 
     draws: int = 1
     coupled: bool = True
     stratified: bool = False
     smallest_count: int = 0
+    weighted: bool = True
 
     def __post_init__(self):
         check_at_least_one(draws=self.draws)
@@ -155,9 +181,14 @@ class ELBO(Likelihood):
         return 1 if self.stratified else self.draws
 
     def draw(self, keys: Tensor, length: int) -> Masks:
-        return count_masks(
-            keys, length, self.draws, coupled=self.coupled, stratified=self.stratified, smallest=self.smallest_count
-        )
+        law = {"coupled": self.coupled, "stratified": self.stratified, "smallest": self.smallest_count}
+        return self.counted(count_masks(keys, length, self.draws, **law))
+
+    def counted(self, masks: Masks) -> Masks:
+        """The masks with the weights that this says."""
+        if self.weighted:
+            return masks
+        return masks._replace(weight=(masks.weight != 0) * (0.5 if self.coupled else 1.0))
 
 
 @dataclass(frozen=True)
@@ -248,6 +279,7 @@ class Autoregressive(Likelihood):
     """
 
     random = False
+    exact = True
 
     def check(self, policy, length: int, updates: int = 1) -> None:
         if policy.mask_id is not None:

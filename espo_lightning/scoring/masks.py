@@ -51,6 +51,12 @@ class Masks(NamedTuple):
         prompt = None if self.prompt is None else self.prompt[:, rows]
         return Masks(self.hidden[:, rows], self.weight[:, rows], self.coupled, prompt)
 
+    def split(self, draws: int) -> list["Masks"]:
+        """The same in parts of at most so many draws."""
+        prompts = [None] * len(self.weight) if self.prompt is None else self.prompt.split(draws)
+        parts = zip(self.hidden.split(draws), self.weight.split(draws), prompts)
+        return [Masks(hidden, weight, self.coupled, prompt) for hidden, weight, prompt in parts]
+
     def single_passes(self) -> list["Masks"]:
         """Masks [1, B, L] of one forward pass each, whose terms add up, draw by draw, to this one's: M H of them."""
         prompts = [None] * len(self.weight) if self.prompt is None else self.prompt

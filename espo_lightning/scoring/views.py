@@ -1,12 +1,12 @@
-"""Scores on partly hidden views that are no likelihoods: coupled-GRPO's, UniGRPO's and SPG's."""
+"""Scores on partly hidden views that are no likelihoods: coupled-GRPO's, UniGRPO's, SPG's and SEPO's."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from espo_lightning.keys import fold_in, uniform
-from espo_lightning.scoring.likelihood import Seen, SeenLikelihood, check_at_least_one
+from espo_lightning.keys import fold_in, random_bits, uniform
+from espo_lightning.scoring.likelihood import Likelihood, Seen, SeenLikelihood, check_at_least_one
 from espo_lightning.scoring.masks import Masks, block_view_masks, random_view_masks, token_view_masks
 
 
@@ -119,3 +119,43 @@ class BlockViews(SeenLikelihood):
 
     def masks(self, keys: Tensor, seen: Seen) -> Masks:
         return block_view_masks(keys, seen.valid, seen.prompt, self.draws, block=self.block, noise=self.noise)
+
+
+@dataclass(frozen=True)
+class OneMasked(Likelihood):
+    """The pseudo-likelihood sum_i log p(y_i | x, all other tokens): one hidden position each (SEPO, arXiv:2502.01384).
+
+    The k = 1 level of the ELBO, times L. Its expected gradient is 0 under a law that its conditionals agree with, and a
+    sample of positions estimates it without bias.
+
+    Args:
+        draws: positions per completion, without replacement; null = all L, one forward each.
+
+    Raises:
+        ValueError: no draw.
+    """
+
+    draws: int | None = 16
+
+    def __post_init__(self):
+        if self.draws is not None:
+            check_at_least_one(draws=self.draws)
+
+    @property
+    def random(self) -> bool:
+        return self.draws is not None
+
+    def check(self, policy, length: int, updates: int = 1) -> None:
+        super().check(policy, length, updates)
+        if self.draws is not None and self.draws > length:
+            raise ValueError(
+                f"likelihood.draws is {self.draws}, but decoding.length, of which positions are drawn without "
+                f"replacement, is {length}: lower it, or set it to null for all positions"
+            )
+
+    def draw(self, keys: Tensor, length: int) -> Masks:
+        position = torch.arange(length, device=keys.device).expand(len(keys), -1)
+        if self.draws is not None:
+            position = random_bits(fold_in(keys, -12), length).argsort(-1)[:, : self.draws]
+        hidden = position.T.unsqueeze(-1) == torch.arange(length, device=keys.device)  # [M, B, L]
+        return Masks(hidden, length * hidden.float(), False)

@@ -12,6 +12,7 @@ from espo_lightning.tasks.base import answer_part
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
 BOXES = 20  # more than so many, or fences, are no answer
 BOX_LIMIT = 1000  # characters in a box
+LAYERS = 20  # of marks around an answer; each costs a copy of it
 FENCE = re.compile(r"(```|~~~)(?:[A-Za-z]*[ \t]*\r?\n)?(.*?)\1", re.DOTALL)
 LAST_TAG = re.compile("<answer>", re.IGNORECASE | re.ASCII)
 JOINED = re.compile(r"</answer>\s{0,20}(?:or|and|[,;/|])\s{0,20}$", re.IGNORECASE | re.ASCII)
@@ -68,7 +69,7 @@ def _is_joined(text: str) -> bool:
 
 def unmarked(answer: str) -> str:
     """An answer without blanks, a full stop, dollar signs, backticks and asterisks around it."""
-    while True:
+    for _ in range(LAYERS):
         before, answer = answer, answer.strip()
         if answer.endswith(".") and not answer.endswith(".."):
             answer = answer[:-1]
@@ -77,7 +78,8 @@ def unmarked(answer: str) -> str:
                 answer = answer[len(opening) : -len(closing)]
                 break
         if answer == before:
-            return answer
+            break
+    return answer
 
 
 def _plain(answer: str) -> str:

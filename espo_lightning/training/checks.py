@@ -32,7 +32,8 @@ def check_settings(
         if policy.has_adapters:
             raise ValueError("reference_sync is not possible with adapters: the reference is the base without them")
     decoding.check(policy)
-    likelihood.check(policy, decoding.length, updates)
-    objective.check(likelihood)
     if decoding.temperature == 0:
         raise ValueError("decoding.temperature is 0: the completions of a group would all be equal; set it above 0")
+    likelihood.check(policy, decoding.length, updates)
+    likelihood.check_decoding(decoding, updates)
+    objective.check(likelihood, decoding)

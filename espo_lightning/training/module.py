@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from espo_lightning.decoding.decoder import Decoder
+from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
 from espo_lightning.objectives.advantages import equal_groups, leave_one_out
@@ -105,14 +105,14 @@ class ESPOModule(PolicyModule):
         if compile is not None:
             for scored in (policy, self.reference.policy) if objective.reference else (policy,):
                 scored.compile_network(compile)
-        self.reference_sync = reference_sync
         self.leave_out_frozen(but="reference." if reference_sync else None)
         self.optimizer, self.warmup, self.max_grad_norm = optimizer, warmup, max_grad_norm
         self.micro_batch, self.view_by_view, self.gather_rollouts = micro_batch, view_by_view, gather_rollouts
-        self.max_skipped, self.skipped_in_a_row = max_skipped, 0
+        self.reference_sync, self.max_skipped, self.skipped_in_a_row = reference_sync, max_skipped, 0
         self.max_prompt_length, self.seed = max_prompt_length, seed
         self.rollouts = 0  # finished rollouts; with the seed, the whole state of the randomness
         self.last_rollout: Rollout | None = None  # for callbacks
+        self.trace: Trace | None = None  # of the completions just decoded, if the likelihood asks
         self.verdicts: list[tuple[Verdict, str]] = []  # of the validation in progress, with their clusters
 
     def configure_model(self) -> None:
@@ -146,18 +146,19 @@ class ESPOModule(PolicyModule):
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length).repeat_each(self.group_size)
         index = self.global_index(len(prompts.ids))
         keys = fold_in(fold_in(self.seed, self.rollouts).to(index.device), index)
-        return prompts, self.generate(prompts, fold_in(keys, DECODE), self.decoding), keys
+        decoded = self.generate(prompts, fold_in(keys, DECODE), self.decoding, self.likelihood.traced)
+        completion, self.trace = decoded if self.likelihood.traced else (decoded, None)
+        return prompts, completion, keys
 
     def global_index(self, count: int) -> Tensor:
         """Numbers of this process's ``count`` samples among those of all processes: int64 [count]."""
         return self.global_rank * count + torch.arange(count, device=self.policy.device)
 
-    def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder) -> Tensor:
-        """Completions [B, L] of prompts [B, P] with keys [B]; all processes run equally many steps."""
+    def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder, traced: bool = False) -> tuple | Tensor:
+        """Completions [B, L] of prompts [B, P] with keys [B], ``traced`` with their `Trace`; as many steps by all."""
+        decode, strategy = decoding.decode if traced else decoding.generate, self.trainer.strategy
         with gathered(self.policy) if self.gather_rollouts else nullcontext():
-            return decoding.generate(
-                self.policy, prompts, keys, lambda more: self.trainer.strategy.reduce_boolean_decision(more, all=False)
-            )
+            return decode(self.policy, prompts, keys, lambda more: strategy.reduce_boolean_decision(more, all=False))
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
@@ -170,7 +171,7 @@ class ESPOModule(PolicyModule):
         rows, counted, idle = self.rows_with_gradient(equal)
 
         keys = fold_in(keys, MASK)
-        seen = Seen.of(self.policy, prompts, completion, keys, self.updates)
+        seen = Seen.of(self.policy, prompts, completion, keys, self.updates, self.trace, self.decoding.passes)
         length = seen.valid.sum(-1)
         count = self.objective.count(length)
         count = count / self.trainer.strategy.reduce(count.mean(), reduce_op="mean")
@@ -271,7 +272,7 @@ class ESPOModule(PolicyModule):
     def validation_step(self, problems: list[Problem], batch_idx: int) -> None:
         """Greedy completions of held-out problems, each with a key of its own, for orders that are drawn."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
-        first = batch_idx * self.trainer.world_size * len(problems)
+        first = self.trainer.world_size * len(self.verdicts)  # the last batch may be smaller
         keys = fold_in(EVALUATE, first + self.global_index(len(problems)))
         texts = self.policy.decode(self.generate(prompts, keys, self.decoding.greedy))
         clusters = [cluster_of(problem.prompt, problem.cluster) for problem in problems]
@@ -286,7 +287,7 @@ class ESPOModule(PolicyModule):
     def configure_optimizers(self):
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, self.warmup)))
-        return [optimizer], [schedule]
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Randomness is keyed, so two counters are all that resume needs beside Lightning's own state."""

@@ -7,6 +7,7 @@ head may run in as many chunks as a process has tokens: no collective happens in
 whole.
 """
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
@@ -266,6 +268,19 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def lost_ranks(trainer: Trainer, patience: float = 1.0) -> list[str]:
+    """A sentence for each process that Lightning started from this one and that has ended, with its exit code."""
+    lines = []
+    for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
+        try:
+            code = process.wait(patience)  # its connections close a moment before it is gone
+        except subprocess.TimeoutExpired:
+            continue
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        lines.append(f"Local rank {rank} {how}.")
+    return lines
 
 
 def _in_parts(policy: nn.Module):

@@ -52,6 +52,11 @@ class SFTModule(PolicyModule):
     ):
         super().__init__()
         likelihood.check(policy, length)
+        if likelihood.traced:
+            raise ValueError(
+                f"likelihood={type(likelihood).__name__} scores along the trace of a decoder, and examples were not "
+                "decoded: use ELBO, or another likelihood that draws its masks"
+            )
         self.policy, self.length, self.likelihood = policy, length, likelihood
         self.optimizer, self.warmup, self.max_prompt_length, self.seed = optimizer, warmup, max_prompt_length, seed
         self.leave_out_frozen()

@@ -82,7 +82,7 @@ def expected_flops(arm: Arm) -> dict[str, float]:
         decoding_passes(module.decoding, completions, prompt.ids.shape[1] + length),
         module.likelihood,
         completions,
-        length,
+        module.decoding,
         module.updates if module.fresh_masks else 1,
         updates=module.updates,
         objective=module.objective,

@@ -106,11 +106,12 @@ def paper_costs(draws: list[int], updates: int, steps: int, length: int, prompt_
     for m in draws:
         row = {"draws": m, "paper": 2 * (steps + 6 * updates * m), "all passes": 2 * (steps + 10 * updates * m)}
         for name, coupled in (("single", False), ("coupled", True)):
+            decoding = Decoding(length, 32, steps)
             passes = expected_work(
-                decoding_passes(Decoding(length, 32, steps), 1, prompt_length + length),
+                decoding_passes(decoding, 1, prompt_length + length),
                 ELBO(draws=m, coupled=coupled),
                 1,
-                length,
+                decoding,
                 updates,
                 updates=updates,
                 objective=PolicyGradient(),

@@ -97,7 +97,7 @@ def train_or_diverge(
 def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128) -> None:
     """More supervised lessons of a task for a policy, as `sft` gives them."""
     module = SFTModule(policy, optimizer=partial(torch.optim.AdamW, lr=lr), likelihood=LESSONS, seed=seed)
-    _fit(module, ProblemLoader(task, "train", seed, batch, batches, rank=0, world=1))
+    _fit(module, ProblemLoader(task, "train", seed, batch, batch * batches, rank=0, world=1))
 
 
 def _fit(module: LightningModule, data: PromptDataModule | ProblemLoader, **settings) -> None:
