@@ -94,6 +94,7 @@ def scoring(length: int, block: int, draws: int, rows: int, repeats: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest canvas only")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="canvases of the rollouts")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="0 = one round, without a warm-up")
     parser.add_argument("--output", default="benchmarks/results/blocks.json")
@@ -101,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result: dict = {"size": SIZE, "prompt": PROMPT, "rows": options.rows, "torch": torch.__version__}
     result |= {"rollouts": {}, "scoring": {}}
-    for length in (64,) if options.quick else (64, 256, 1024):
+    for length in (64,) if options.quick else options.lengths:
         long = length == 1024  # where one round of full attention takes minutes
         rows, repeats = (1, 0) if long else (options.rows, options.repeats)
         for block in (4, 16, 32):
