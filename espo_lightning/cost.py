@@ -20,6 +20,7 @@ from espo_lightning.lab.flops_blocks import block_decoding_passes, block_scoring
 from espo_lightning.lab.network import Network, read_network
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.objectives.policy_gradient import PolicyGradient
+from espo_lightning.ranges import check_counts
 from espo_lightning.scoring.block import BlockELBO
 from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.training.command_line import run
@@ -74,11 +75,10 @@ def cost(
         "network", "parameters", "gpus" and "table": group -> row -> one value per column.
     """
     counts = {"prompt_length": prompt_length, "prompts_per_gpu": prompts_per_gpu, "group_size": group_size}
-    counts |= {"updates": updates, "micro_batch": micro_batch, "lora_rank": lora_rank, "gpus": min(gpus, default=0)}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if shards is not None and (shards < 1 or any(n % shards for n in gpus)):
+    counts |= {"updates": updates, "micro_batch": micro_batch, "lora_rank": lora_rank, "shards": shards}
+    for count in (counts, *({"gpus": n} for n in gpus or [0])):
+        check_counts(1, **count)
+    if shards is not None and any(n % shards for n in gpus):
         raise ValueError(f"every number of gpus must be a multiple of shards, got gpus={gpus} and shards={shards}")
     if output is not None and Path(output).exists():
         raise ValueError(f"output {output} exists already: name another file, or remove it")

@@ -20,7 +20,9 @@ from espo_lightning.decoding.published import protocol as protocol_named
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import as_json, load_weights, solve
 from espo_lightning.lab.evaluation_parts import Shards
-from espo_lightning.policies.policy import Policy, fingerprint
+from espo_lightning.policies.fingerprint import fingerprint
+from espo_lightning.policies.policy import Policy
+from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Task
 from espo_lightning.tasks.statistics import cluster_of, per_problem, summarise
 from espo_lightning.training.command_line import run
@@ -72,6 +74,7 @@ def evaluate(
         ValueError: ``output`` exists, or an unfinished evaluation beside it is another one; contradictory arguments.
     """
     decoding = _decoding(decoding, protocol)
+    check_counts(0, seed=seed)
     _check_numbers(problems, samples, batch_size, decoding)
     task.check_host()
     check_data(task, policy, (split,))  # before anything is written
@@ -139,10 +142,7 @@ def _decoding(decoding: Decoder, protocol: str | None) -> Decoder:
 
 
 def _check_numbers(problems: int, samples: int, batch_size: int, decoding: Decoder) -> None:
-    if min(problems, samples, batch_size) < 1:
-        raise ValueError(
-            f"problems, samples and batch_size must be at least 1, got {problems}, {samples} and {batch_size}"
-        )
+    check_counts(1, problems=problems, samples=samples, batch_size=batch_size)
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
 

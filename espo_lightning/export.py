@@ -64,7 +64,14 @@ def config_of(policy: Policy, format: str | None) -> dict | None:
 
 def main(argv: list[str] | None = None) -> None:
     folder = run(export, "espo_lightning.export", argv)
-    sys.stdout.write(f"{folder}\n")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    code = sorted({f"{value.split('.')[0]}.py" for value in config.get("auto_map", {}).values()})
+    lines = [f"{folder}"]
+    if code:  # which transformers runs, and which a policy does not hold
+        lines.append(f"for programs that run its own code, copy {', '.join(code)} here from the original checkpoint")
+    elif config["model_type"] == "llada":
+        lines.append("for programs that run LLaDA's own code, copy its .py files here, and its auto_map to config.json")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from espo_lightning.training.cli import TrainingCLI, program
 from espo_lightning.training.data import PromptDataModule
@@ -26,14 +27,12 @@ class FitCLI(TrainingCLI):
         return ("train", "test") if self.datamodule.eval_problems else ("train",)
 
     def check(self, trainer) -> None:
-        super().check(trainer)
-        task, problems = self.datamodule.task, self.datamodule.eval_problems
+        task, asked = self.datamodule.task, self.datamodule.eval_problems
         task.check_host()
-        if (size := task.size("test")) is not None and problems > size:
-            raise ValueError(
-                f"data.eval_problems {problems}: {type(task).__name__} has {size} test problems, and some would count "
-                f"twice. Set data.eval_problems to {size}, or fewer, or hold out more"
-            )
+        if asked and (size := task.size("test")) is not None and asked > size:  # none counts twice
+            self.datamodule.eval_problems = size - size % trainer.world_size
+            rank_zero_warn(f"data.eval_problems {asked}: {type(task).__name__} has {size} test problems, all are taken")
+        super().check(trainer)
 
     def extra_callbacks(self) -> list[Callback]:
         return [SampleLog(self.run_dir / "samples.jsonl")]

@@ -10,6 +10,7 @@ from conftest import small_module
 
 from espo_lightning import (
     BlockDecoding,
+    BlockELBO,
     Decoding,
     Layout,
     Prompts,
@@ -421,3 +422,35 @@ def test_one_block_is_decoded_either_way():
         decoding.check(policy)
     plain = Decoding(8, 8, 8).generate(policy, prompts, keys)
     assert torch.equal(plain, BlockDecoding(8, 8, 8).generate(policy, prompts, keys))
+
+
+@pytest.mark.parametrize("origin", ["global", "response"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_prompt_and_canvas_may_have_as_many_tokens_as_the_network_has_positions(origin, cache):
+    policy, prompts = block_policy(4, origin), some_prompts()
+    total = prompts.ids.shape[1] + 8
+    decoding, masks = BlockDecoding(8, 4, 8, cache=cache), BlockELBO(2, block=4)
+    policy.config.max_position_embeddings = total
+    completion = decoding.generate(policy, prompts, keys_of(len(LENGTHS)))
+    drawn = masks.draw(keys_of(len(LENGTHS)), 8)
+    masks.log_probs(policy, prompts, completion, drawn)
+    policy.config.max_position_embeddings = total - 1
+    for run in (
+        lambda: decoding.generate(policy, prompts, keys_of(len(LENGTHS))),
+        lambda: masks.log_probs(policy, prompts, completion, drawn),
+    ):
+        with pytest.raises(ValueError, match=rf"max_position_embeddings={total - 1}: lower max_prompt_length"):
+            run()
+    policy.config.max_position_embeddings = 8
+    with pytest.raises(ValueError, match="a canvas of length 8 leaves no room for a prompt"):
+        decoding.check(policy)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_nan_are_named(temperature):
+    policy = block_policy()
+    with torch.no_grad():
+        policy.head.weight[9] = float("nan")
+    decoding = BlockDecoding(8, 4, 8, temperature=temperature)
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        decoding.generate(policy, some_prompts(), keys_of(len(LENGTHS)))

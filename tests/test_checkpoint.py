@@ -250,6 +250,9 @@ def test_dream_tokenizer_of_vocabulary_and_merges(checkpoints, tmp_path):
     config |= {"added_tokens_decoder": added, "chat_template": "{{ messages[0]['content'] }}<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     edit(folder / "config.json", mask_token_id="absent")
+    with pytest.raises(ValueError, match=r"eos_token_id=1, but its tokenizer ends texts with '<\|endoftext\|>', id 28"):
+        load_policy(folder)  # id 1 is a "b" here
+    edit(folder / "config.json", eos_token_id=28)
     policy = load_policy(folder)
     assert policy.mask_id == 30
     assert policy.encode(["ab cab"]).ids.tolist() == [[27, 26, 2, 27, 29]]

@@ -42,7 +42,7 @@ def policy(request):
 def countdown():
     """The bundled policy and sixteen padded prompts, four completions each."""
     policy = load_policy("bundled:countdown")
-    prompts = policy.encode([Countdown(largest=10, largest_target=50).problem("test", 0, i).prompt for i in range(16)])
+    prompts = policy.encode([Countdown(largest=10, largest_target=50).problem("train", 0, i).prompt for i in range(16)])
     return policy, prompts.repeat_each(4)
 
 

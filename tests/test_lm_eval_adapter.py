@@ -150,3 +150,9 @@ def test_what_a_diffusion_policy_cannot_do_is_refused(adapter):
     policy.mask_id = None
     with pytest.raises(ValueError, match="causal"):
         adapter.DiffusionLM(policy, SHORT)
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_size", -1), ("batch_size", 1.5), ("seed", -1)])
+def test_numbers_out_of_range_are_named(adapter, name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be .* got {value}"):
+        adapter.DiffusionLM(small_policy(), SHORT, **{name: value})

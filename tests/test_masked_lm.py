@@ -262,3 +262,15 @@ def test_the_hook_of_masked_lms_is_short():
     source = Path(__file__).parents[1].joinpath("espo_lightning/policies/masked_lm.py").read_text()
     hook = source[source.index("class MaskedLM") : source.index("def load_masked_lm")]
     assert len(hook.strip().splitlines()) <= 40
+
+
+def test_weights_that_are_nan_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint(tmp_path / "c", "bert")
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("word_embeddings.weight"))
+    weights[name][3, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"hold NaN or infinity as torch\.float32: .*word_embeddings\.weight"):
+        load_policy(folder)

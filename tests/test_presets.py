@@ -195,7 +195,7 @@ def test_every_argument_of_the_methods_on_traces_has_an_effect(name, where, argu
     if argument == "kl_at":
         settings = settings | {"objective": replace(settings["objective"], beta=0.02)}
     changed = settings | {where: replace(settings[where], **{argument: TRACED[argument]})}
-    assert not torch.equal(train(2, **settings, **same)[0], train(2, **changed, **same)[0])
+    assert not torch.equal(train(2, **settings | same)[0], train(2, **changed | same)[0])
 
 
 def test_where_the_penalty_is_applied_and_to_what_has_an_effect():

@@ -90,17 +90,27 @@ def test_data_that_cannot_be_used_is_one_message_before_anything_is_written(
 
 
 def test_no_problem_counts_twice(capitals, tmp_path, monkeypatch, capsys):
-    """Of fewer test rows than it was asked for, `evaluate` takes all, and `fit` wants its batches changed."""
+    """Of fewer test rows than they were asked for, `evaluate` and `fit` take all; `fit` says so."""
     monkeypatch.chdir(tmp_path)
     short = ["--decoding.length=4", "--decoding.block_length=4", "--decoding.steps=2"]
     evaluate.main([*ROWS.replace("TASK", "task").split(), "--task.held_out=0.75", *short, "--output=result.json"])
     result = json.loads(Path("result.json").read_text())
     assert (result["n"], result["problems"], result["settings"]["problems"]) == (3, 3, 256)
     assert len({json.dumps(sample["prompt"]) for sample in result["samples"]}) == 3
-    with pytest.raises(SystemExit) as error:
-        fit.main([*ROWS.replace("TASK", "data.task").split(), "--data.task.held_out=0.75", "--run_dir=run"])
-    assert error.value.code == 2
-    assert "data.eval_problems 256: Rows has 3 test problems" in capsys.readouterr().err
+    small = ["--data.batches=1", "--data.batch_size=1", "--model.group_size=2", "--trainer.accelerator=cpu"]
+    with pytest.warns(UserWarning, match="data.eval_problems 256: Rows has 3 test problems, all are taken"):
+        fit.main([*ROWS.replace("TASK", "data.task").split(), "--data.task.held_out=0.75", "--run_dir=run", *small])
+    assert json.loads(Path("run/summary.json").read_text())["after"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "test"), [(4, 0.1, 1), (4, 0.9, 3), (4, 0.0, 0), (4, 1.0, 4), (1, 0.1, 0)]
+)
+def test_of_few_rows_either_split_has_one(tmp_path, rows, held_out, test):
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n' * rows)
+    task = Rows(path=str(tmp_path / "few.jsonl"), held_out=held_out, verifier=capital)
+    assert task.size("test") == test
+    assert task.size("train") == rows - test
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ class BlockDecoding(Decoding):
                 "the cache of BlockDecoding needs a Llama, Qwen2 or Qwen3 network, without its own code or "
                 "whole_last_layer: set decoding.cache to false"
             )
+        policy.check_canvas(self.length)
 
     def decode(
         self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more
@@ -109,13 +110,13 @@ class _Canvas:
         self.known.width = None
         everything, nothing = self.ids[:, :stop], torch.zeros_like(self.owned[:, :stop])
         sees = self.slots.sees(slice(start, stop), slice(0, stop))
-        positions = self.slots.columns[:, :stop]
+        positions = self.slots.positions[:, :stop]
         self.policy(everything, sees, nothing, lambda logits: logits[:, 0], prefix=self.known, positions=positions)
 
     def run(self, rows: Tensor, places: slice, hidden: Tensor, reduce: Callable[..., tuple], *columns: Tensor) -> tuple:
         """Predict the ``hidden`` positions of the block at ``places``, in some rows."""
         stop, slots = places.stop, self.slots if len(rows) == len(self.ids) else self.slots.of(rows)
-        ids, positions = self.ids[rows, :stop], slots.columns[:, :stop]
+        ids, positions = self.ids[rows, :stop], slots.positions[:, :stop]
         select = F.pad(hidden, (places.start, 0))
         if self.known is None:
             sees = slots.sees(slice(0, stop), slice(0, stop))

@@ -1,5 +1,6 @@
 """Decoding of causal policies, token by token from the left, with a key-value cache. Everything random is keyed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder, Trace
-from espo_lightning.decoding.proposals import entropy, sample_tokens, warp
+from espo_lightning.decoding.proposals import entropy, greedy_tokens, sample_tokens, warp
 from espo_lightning.keys import uniform
+from espo_lightning.ranges import check_counts
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,8 @@ class AutoregressiveDecoding(Decoder):
     order_free = True
 
     def __post_init__(self):
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
-        if self.temperature < 0:
+        check_counts(1, length=self.length)
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
 
     def check(self, policy) -> None:
@@ -39,6 +40,7 @@ class AutoregressiveDecoding(Decoder):
             raise ValueError(
                 "decoding=AutoregressiveDecoding needs a causal policy, but this one is a diffusion model: use Decoding"
             )
+        policy.check_canvas(self.length)
 
     @property
     def passes(self) -> int:
@@ -78,7 +80,7 @@ def decode_left_to_right(
 
     def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         warped = warp(logits, decoding.temperature, top_p=1.0)
-        tokens = sample_tokens(warped, u) if decoding.temperature else warped.argmax(-1)
+        tokens = sample_tokens(warped, u) if decoding.temperature else greedy_tokens(warped)
         return (tokens, entropy(warped)) if traced else (tokens,)
 
     prefix = policy.prefix()

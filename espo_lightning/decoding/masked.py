@@ -24,9 +24,10 @@ from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.orders import POLICY_FREE, low_confidence, perturb, random_order
-from espo_lightning.decoding.proposals import entropy, sample_tokens, warp
+from espo_lightning.decoding.proposals import entropy, greedy_tokens, sample_tokens, warp
 from espo_lightning.decoding.schedules import Step, commit, even_schedule
 from espo_lightning.keys import fold_in, randint, uniform
+from espo_lightning.ranges import check_whole
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Decoding(Decoder):
     corrector: int = 0
 
     def __post_init__(self):
+        check_whole(length=self.length, block_length=self.block_length, steps=self.steps, corrector=self.corrector)
         if min(self.length, self.block_length) < 1 or self.length % self.block_length:
             raise ValueError(f"length {self.length} is not a multiple of block_length {self.block_length}, from 1 up")
         blocks = self.blocks
@@ -87,11 +89,11 @@ class Decoding(Decoder):
                 f"steps must be a multiple of the number of blocks, {blocks} (length {self.length} / block_length "
                 f"{self.block_length}), between {blocks} and {self.length}; got {self.steps}"
             )
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {self.top_p}")
-        if self.order_temperature < 0:
+        if not 0 <= self.order_temperature < math.inf:
             raise ValueError(f"order_temperature must be 0 (take the first) or positive, got {self.order_temperature}")
         if self.order_temperature and self.order is random_order:
             raise ValueError("order_temperature has no effect with random_order: set it to 0, or take another order")
@@ -144,6 +146,7 @@ class Decoding(Decoder):
                 "the policy is a causal model, which cannot denoise: use decoding=AutoregressiveDecoding (with "
                 "likelihood=Autoregressive), or make it a diffusion policy by sft (load_policy with denoise: true)"
             )
+        policy.check_canvas(self.length)
         layout = getattr(policy, "layout", None)
         if layout is None or layout.block is None:
             return
@@ -214,7 +217,7 @@ def _proposer(decoding: Decoding, mask_token: Tensor, traced: bool) -> Callable[
     def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, ...]:
         logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
         warped = warp(logits, decoding.temperature, decoding.top_p)
-        tokens = sample_tokens(warped, u_token) if decoding.temperature else warped.argmax(-1)
+        tokens = sample_tokens(warped, u_token) if decoding.temperature else greedy_tokens(warped)
         priority = decoding.order(logits, warped, tokens, u_order)
         if decoding.order_temperature:
             priority = perturb(priority, decoding.order_temperature, u_order)

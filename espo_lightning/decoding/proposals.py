@@ -23,16 +23,42 @@ def warp(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, index, outside), float("-inf"))
 
 
+def require_finite(values: Tensor) -> None:
+    """Raise a FloatingPointError unless every value [n], one for each row of logits, is a finite number."""
+    if not (finite := values.isfinite()).all():
+        count = int((~finite).sum())
+        raise FloatingPointError(
+            f"logits are NaN or infinite, at {count} of {len(values)} positions that were to be decoded: the weights "
+            "are damaged, their type is too narrow for these activations (use float32 or bfloat16), or the "
+            "temperature is too small for float32"
+        )
+
+
+def greedy_tokens(logits: Tensor) -> Tensor:
+    """The most probable token of every row: [n, V] -> [n].
+
+    Raises:
+        FloatingPointError: logits are NaN or infinite.
+    """
+    tokens = logits.argmax(-1)  # NaN counts as the largest
+    require_finite(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+    return tokens
+
+
 def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
     """One token per row from softmax(logits) by inverse CDF.
 
     Args:
         logits: float32 [n, V]; a token of probability 0 is never drawn.
         u: uniforms [n] in [0, 1).
+
+    Raises:
+        FloatingPointError: logits are NaN or infinite.
     """
     probabilities = torch.softmax(logits, -1)
     cdf = probabilities.cumsum(-1)
     total = cdf[:, -1:]
+    require_finite(total.squeeze(-1))  # one NaN or infinity makes its row's sum NaN
     # strictly below the total, so that the search ends inside the row
     point = torch.minimum(u.float().unsqueeze(-1) * total, total * (1 - 2**-23))
     token = torch.searchsorted(cdf, point, right=True)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from espo_lightning.ranges import check_counts
+
 
 class Step(NamedTuple):
     """What a step commits: the ``count`` proposals with the highest priority, and every one that reaches ``bar``."""
@@ -16,6 +18,7 @@ class Step(NamedTuple):
 
 def even_schedule(tokens: int, steps: int) -> list[Step]:
     """LLaDA's: as even as possible, the remainder first."""
+    check_counts(1, tokens=tokens, steps=steps)
     base, extra = divmod(tokens, steps)
     return [Step(base + (step < extra)) for step in range(steps)]
 
@@ -31,6 +34,7 @@ def dream_schedule(tokens: int, steps: int) -> list[Step]:
 
     Early steps may commit nothing; they cost no forward pass here.
     """
+    check_counts(1, tokens=tokens, steps=steps)
     plan, hidden = [], tokens
     for ratio in _dream_ratios(steps):
         plan.append(Step(int(hidden * (1 - ratio))))
@@ -40,6 +44,7 @@ def dream_schedule(tokens: int, steps: int) -> list[Step]:
 
 def origin_schedule(tokens: int, steps: int) -> list[Step]:
     """Dream's ``origin``, with `random_order`: each hidden position with chance 1 - s/t, the last step the rest."""
+    check_counts(1, tokens=tokens, steps=steps)
     return [*(Step(0, bar) for bar in _dream_ratios(steps).tolist()), Step(tokens)]
 
 

@@ -15,6 +15,7 @@ from espo_lightning.lab.flops import Passes, Work, plain_trace, work
 from espo_lightning.lab.flops_blocks import cache_bytes
 from espo_lightning.lab.network import Network
 from espo_lightning.policies.prefix import HEAD_BYTES
+from espo_lightning.ranges import check_counts, check_numbers
 from espo_lightning.scoring.likelihood import Likelihood, Seen
 
 BF16, FP32 = 2, 4  # bytes
@@ -34,6 +35,9 @@ class Hardware:
         node: GPUs per node.
         nvlink: GB/s that a GPU receives from its node.
         network: GB/s that a GPU receives from other nodes, each through a port of its own.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     tflops: float = 990
@@ -41,6 +45,11 @@ class Hardware:
     node: int = 8
     nvlink: float = 450
     network: float = 50
+
+    def __post_init__(self):
+        check_numbers("(0, inf)", tflops=self.tflops, nvlink=self.nvlink, network=self.network)
+        check_numbers("(0, 1]", utilisation=self.utilisation)
+        check_counts(1, node=self.node)
 
     def gather_speed(self, shards: int) -> float:
         """GB/s of all-gather and reduce-scatter; the ports of a node fetch one copy for all of its GPUs."""

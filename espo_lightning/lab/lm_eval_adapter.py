@@ -16,6 +16,7 @@ from torch import Tensor
 from espo_lightning.decoding.masked import Decoding, generate
 from espo_lightning.keys import fold_in
 from espo_lightning.policies.policy import Policy, Prompts
+from espo_lightning.ranges import check_counts
 from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import score
@@ -35,7 +36,7 @@ class DiffusionLM(LM):
         seed: of masks and decoding noise, keyed by the number of the request.
 
     Raises:
-        ValueError: a causal policy, which has no mask token.
+        ValueError: a causal policy, which has no mask token; a number out of range.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class DiffusionLM(LM):
         super().__init__()
         if policy.mask_id is None:
             raise ValueError("the policy is a causal model without a mask token: use the harness's own model type hf")
+        check_counts(1, batch_size=batch_size)
+        check_counts(0, seed=seed)
+        decoding.check(policy)
         self.policy, self.decoding, self.likelihood = policy.eval(), decoding, likelihood
         self.batch_size, self.check_greedy, self.seed = batch_size, check_greedy, seed
 

@@ -10,15 +10,20 @@
 
 Masked models get ``is_causal`` False, ``mask_token_id`` and ``logits_shift`` in their config, so that what is saved
 opens as what it was, here and in transformers. The own config of LLaDA, Dream, SDAR (TraDo's too) and Tiny-A2D is kept
-in ``original_config``.
+in ``original_config``. Every key of a config.json is honoured, or refused, or known to change nothing: see
+`config_keys`.
 
 Block-causal attention is what ``block_size`` (tokens) and ``block_origin`` (``global``, the default, or ``response``)
 say; no ``block_size`` is full attention, which for SDAR is an error. See `Layout`. Tiny-A2D's mdlm and bd3lm have one
 config, which does not say which of them it is: `load_policy` with ``block`` opens a bd3lm.
 """
 
+import inspect
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
+from espo_lightning.policies.config_keys import BLOCK, DROPPED, FIXED, OWN, check_keys, check_network
 from espo_lightning.policies.layout import FULL, Layout
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -68,12 +73,32 @@ LLADA_FIXED = {  # what makes LLaDA a Llama; where a config says otherwise, it i
     "include_qkv_bias": False,
     "input_emb_norm": False,
     "scale_logits": False,
+    "layer_norm_with_affine": True,
+    "rope_full_precision": True,
+    "block_group_size": 1,
+    "embedding_layer_norm": False,
+    "clip_qkv": None,
 }
+LLADA_DERIVED = {"mlp_ratio", "multi_query_attention", "rope_theta", "vocab_size"}
 
 
 def make_config(raw: dict) -> Any:
-    """The transformers config of a checkpoint whose config.json is ``raw``."""
-    from transformers import AutoConfig, LlamaConfig, Qwen2Config
+    """The transformers config of a checkpoint whose config.json is ``raw``.
+
+    Raises:
+        ValueError: another network than the formats, a key that is missing, unknown, or of a wrong value.
+    """
+    try:
+        return _config(raw)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}") from error
+    except (TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json has a value of the wrong kind: {reason}") from error
+
+
+def _config(raw: dict) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, Qwen2Config
 
     kind = raw.get("model_type")
     if kind in UNSUPPORTED:
@@ -87,9 +112,10 @@ def make_config(raw: dict) -> Any:
             "or set trust_remote_code to run the checkpoint's own code"
         )
     if kind == "llada":
-        odd = {key: raw[key] for key, value in LLADA_FIXED.items() if raw.get(key, value) not in (value, None)}
-        if odd:
-            raise ValueError(f"this LLaDA is no Llama and cannot be read as one: {odd} in config.json")
+        tied = (
+            {"tie_word_embeddings": raw["weight_tying"]} if "weight_tying" in raw else {}
+        )  # transformers adds its own
+        check_keys(raw, LLADA_CONFIG.keys() | LLADA_DERIVED, LLADA_FIXED | tied)
         derived = {
             "n_kv_heads": 1 if raw.get("multi_query_attention") else raw["n_heads"],
             "mlp_hidden_size": int(raw.get("mlp_ratio", 4) * raw["d_model"]),
@@ -105,33 +131,41 @@ def make_config(raw: dict) -> Any:
             logits_shift=0,
             original_config=raw,
         )
-    if kind in ("Dream", "dream"):
-        qwen2 = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
-        return Qwen2Config(**qwen2 | {"is_causal": False, "logits_shift": 1, "original_config": raw})
-    if kind in BLOCKS:
-        return block_config(raw)
-    if raw.get("is_causal") is False and raw.get("logits_shift") not in (0, 1):
+    config_class = Qwen2Config if kind in ("Dream", "dream") else CONFIG_MAPPING[BLOCKS.get(kind, kind)]
+    fields = inspect.signature(config_class).parameters.keys() - FIXED.keys()
+    # Qwen2's linear layers of attention have biases in any case, and its heads may be of any size
+    more = {"attention_bias": True} if config_class is Qwen2Config else {}
+    own, fixed = _own_keys(raw)
+    check_keys(raw, {*fields, *own, "rope_theta", "rope_scaling", "head_dim"}, FIXED | more | fixed)
+    said = {key: value for key, value in raw.items() if key not in DROPPED and (key != "head_dim" or value)}
+    if kind not in FAMILIES:
+        family = {k: v for k, v in said.items() if k not in ("model_type", "architectures", "auto_map")}
+        ours = {"is_causal": False, "logits_shift": 0 if kind in BLOCKS else 1, "original_config": raw}
+        config = config_class(**family | ours)
+    elif said.get("is_causal") is False and said.get("logits_shift") not in (0, 1):
         raise ValueError(
             "config.json has is_causal: false, so logits_shift must be 0 (hidden state i predicts token i) "
-            f"or 1 (hidden state i-1 does), got {raw.get('logits_shift')!r}"
+            f"or 1 (hidden state i-1 does), got {said.get('logits_shift')!r}"
         )
-    return AutoConfig.for_model(**raw)
+    else:
+        config = AutoConfig.for_model(**said)
+    check_network(config)
+    return config
 
 
-def block_config(raw: dict) -> Any:
-    """The config of SDAR, TraDo or Tiny-A2D, whose tensors have the names of the family that it was made of."""
-    from transformers import AutoConfig
-
-    family = {k: v for k, v in raw.items() if k not in ("model_type", "architectures", "auto_map")}
-    ours = {"is_causal": False, "logits_shift": 0, "original_config": raw}
-    return AutoConfig.for_model(BLOCKS[raw["model_type"]], **family | ours)
+def _own_keys(raw: dict) -> tuple[set[str], dict[str, Any]]:
+    """Which keys beside its family's are read, and which at one value only, see `check_keys`."""
+    if raw["model_type"] in BLOCKS:
+        return {*OWN, *BLOCK}, {"is_causal": False, "logits_shift": 0}
+    denoises = raw["model_type"] not in FAMILIES or raw.get("is_causal") is False
+    return {*OWN, *BLOCK} if denoises else {*OWN}, {}
 
 
 def layout_of(config: Any) -> Layout:
     """Who attends to whom in the network of a transformers config.
 
     Raises:
-        ValueError: an SDAR without ``block_size``, or what `Layout` raises.
+        ValueError: an SDAR or a ``block_origin`` without ``block_size``, or what `Layout` raises.
     """
     if getattr(config, "is_causal", True) is not False:
         return Layout(causal=True)
@@ -141,6 +175,11 @@ def layout_of(config: Any) -> Layout:
             raise ValueError(
                 "config.json of this SDAR does not say how many tokens a block has: set block_size in it, or block in "
                 "load_policy (4 in the first releases of SDAR and TraDo; later ones have it in their name)"
+            )
+        if (origin := getattr(config, "block_origin", None)) is not None:
+            raise ValueError(
+                f"config.json says block_origin {origin!r}, but not how many tokens a block has: set block_size in it, "
+                "or block in load_policy"
             )
         return FULL
     return Layout(block, getattr(config, "block_origin", None) or "global")

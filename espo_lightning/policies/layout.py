@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.ranges import check_counts
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -39,6 +41,7 @@ class Layout:
         whole = isinstance(self.block, int) and not isinstance(self.block, bool)
         if self.block is not None and (not whole or self.block < 1):
             raise ValueError(f"block must be a whole number of tokens from 1 up, or null; got {self.block!r}")
+        check_counts(1, block=self.block)
         if self.origin not in ("global", "response"):
             raise ValueError(f"block origin must be global or response, got {self.origin!r}")
         if self.block is not None and self.causal:
@@ -132,6 +135,11 @@ class Slots(NamedTuple):
     def count(self) -> int:
         """Blocks, K."""
         return (self.columns.shape[1] - self.width) // self.block
+
+    @property
+    def positions(self) -> Tensor:
+        """Where each stands in prompt and canvas: int64 [B, T]. Empty ones stand on the last, not beyond the room."""
+        return self.columns.clamp(max=self.width + self.where.shape[1] - 1)
 
     def of(self, rows: Tensor) -> "Slots":
         """The same of some rows."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from espo_lightning.policies.agreement import mask_token
 from espo_lightning.policies.files import read_json, read_tensors, resolve
 from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_of, llada_names, make_config
 from espo_lightning.policies.from_causal import make_denoising, set_blocks
@@ -75,6 +76,7 @@ def load_policy(
             raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
         base = base_of(folder)
         policy = load_policy(base, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+        _take_text(policy, folder, trust_remote_code)
         policy.model = load_adapter(policy.model, folder, base)
     else:
         raw, local = read_json(folder, "config.json"), folder == Path(path).expanduser()
@@ -129,21 +131,11 @@ def _load_language_model(
 
 def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
     """A policy of a model and a tokenizer, once they fit together."""
-    config, vocabulary = model.config, model.get_input_embeddings().num_embeddings
+    config, rows = model.config, model.get_input_embeddings().num_embeddings
     causal = getattr(config, "is_causal", True) is not False
-    if not causal and getattr(config, "mask_token_id", None) is None:
-        config.mask_token_id = tokenizer.mask_token_id
-    mask_id = None if causal else config.mask_token_id
-    if not causal and mask_id is None:
-        raise ValueError(
-            f"{folder} has no mask token: set mask_token_id in config.json, or mask_token in tokenizer_config.json"
-        )
-    largest = max([mask_id or 0, tokenizer.pad_token_id, *tokenizer.get_vocab().values()])
-    if largest >= vocabulary:
-        raise ValueError(
-            f"tokenizer and weights of {folder} do not belong together: token id {largest}, "
-            f"but the embedding has {vocabulary} rows"
-        )
+    mask_id = mask_token(config, tokenizer, rows, folder, causal=causal)
+    if not causal:
+        config.mask_token_id = mask_id
     shift = 1 if causal else config.logits_shift
     return Policy(model, tokenizer, mask_id=mask_id, shift=shift, causal=causal, layout=layout_of(config))
 
@@ -151,8 +143,15 @@ def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool):
-    """The tokenizer with eos, pad and chat template. A tokenizer.json is taken as it is, whatever class wrote it."""
+TOKENIZERS = ("tokenizer.json", "merges.txt", "tokenizer.model", "vocab.txt")
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool, template: str | None = None):
+    """The tokenizer with eos, pad and chat template. A tokenizer.json is taken as it is, whatever class wrote it.
+
+    Args:
+        template: taken if the folder has none.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
     try:
@@ -167,6 +166,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
         raise ValueError(f"the tokenizer of {folder} cannot be read: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {folder} has no end-of-text token: set eos_token in tokenizer_config.json")
+    tokenizer.chat_template = tokenizer.chat_template or template
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {folder} has no chat template: set chat_template in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -182,8 +182,8 @@ def _load_known(folder: Path, raw: dict, dtype: torch.dtype | None, attention: s
 
     try:
         config = make_config(raw)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     config.attention_dropout = 0.0  # eval and train mode are one function
     try:
         with torch.device("meta"):
@@ -215,6 +215,8 @@ def _fill(model: nn.Module, tensors: Iterator, names: dict[str, str], folder: Pa
         else:
             parent, _, leaf = names[key].rpartition(".")
             parameter = nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True))  # a copy: tensor maps the file
+            if len(parameter) and not all(bound.isfinite() for bound in parameter.detach().aminmax()):
+                problems.append(f"{key} holds NaN or infinity as {parameter.dtype}")
             setattr(model.get_submodule(parent), leaf, parameter)
     problems += [f"missing {key}" for key in missing if not (tied and names[key] == "lm_head.weight")]
     if problems:
@@ -261,6 +263,26 @@ def _checkpoint_layers(policy: Policy) -> None:
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _take_text(policy: Policy, folder: Path, trust_remote_code: bool) -> None:
+    """An adapter's own tokenizer and chat template win over those of its base, as they are what it was trained with."""
+    if any((folder / name).is_file() for name in TOKENIZERS):
+        policy.tokenizer = _load_tokenizer(folder, trust_remote_code, policy.tokenizer.chat_template)
+        mask = mask_token(
+            policy.config,
+            policy.tokenizer,
+            policy.model.get_input_embeddings().num_embeddings,
+            folder,
+            causal=policy.causal,
+        )
+        if mask != policy.mask_id:
+            raise ValueError(f"the tokenizer of {folder} has the mask token {mask}, its base {policy.mask_id}")
+    elif (folder / "chat_template.jinja").is_file():
+        policy.tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "tokenizer_config.json").is_file():
+        own = read_json(folder, "tokenizer_config.json").get("chat_template")
+        policy.tokenizer.chat_template = own or policy.tokenizer.chat_template
 
 
 def base_of(folder: Path) -> str:

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from espo_lightning.ranges import check_counts, check_whole
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -23,6 +25,9 @@ class LoRA:
         alpha: its product is scaled by alpha / rank.
         target_modules: the linear layers that get one, by the end of their name.
         seed: of the initial A (B is zero); torch's global generator is neither read nor advanced.
+
+    Raises:
+        ValueError: a number out of range, or no target module.
     """
 
     rank: int = 128
@@ -31,7 +36,9 @@ class LoRA:
     seed: int = 0
 
     def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0 or not self.target_modules:
+        check_whole(rank=self.rank)
+        check_counts(0, seed=self.seed)
+        if self.rank < 1 or not 0 < self.alpha < math.inf or not self.target_modules:
             raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and at least one target module, got {self}")
 
 

@@ -36,15 +36,24 @@ class MaskedLM(Policy):
     def layers(self) -> nn.ModuleList:
         return max((m for m in self.network.modules() if isinstance(m, nn.ModuleList)), key=len)
 
+    @property
+    def positions(self) -> float:
+        return super().positions if self._table is None else self._table.num_embeddings - first_of(self._table)
+
+    def check_tokens(self, count: int) -> None:
+        if count > self.positions:
+            raise ValueError(f"prompt and canvas have {count} tokens, but the network {self.positions} positions")
+
+    @property
+    def _table(self) -> nn.Embedding | None:
+        """Of absolute positions."""
+        return getattr(getattr(self.network, "embeddings", None), "position_embeddings", None)
+
     def states(self, ids: Tensor, attention: Tensor | None, rows: Tensor, **network: Any) -> Tensor:
         keys = torch.ones_like(ids) if attention is None else attention.long()
-        table = getattr(getattr(self.network, "embeddings", None), "position_embeddings", None)
         positions = {}
-        if table is not None:  # absolute: count real tokens; RoBERTa's begin after its padding's
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
-            if ids.shape[1] > (room := table.num_embeddings - first):
-                raise ValueError(f"prompt and canvas have {ids.shape[1]} tokens, but the network {room} positions")
-            positions["position_ids"] = (keys.cumsum(1) - 1).clamp(min=0) + first
+        if self._table is not None:  # absolute: count real tokens
+            positions["position_ids"] = (keys.cumsum(1) - 1).clamp(min=0) + first_of(self._table)
         return self.network(ids, attention_mask=keys, **positions).last_hidden_state.flatten(0, 1)[rows]
 
 
@@ -78,7 +87,16 @@ def load_masked_lm(folder: Path, dtype: torch.dtype | None, attention: str) -> M
     largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ValueError(f"tokenizer and weights of {folder} do not belong together: token id {largest}, {rows} rows")
+    damaged = [name for name, p in model.named_parameters() if not all(x.isfinite() for x in p.detach().aminmax())]
+    if damaged:
+        raise ValueError(f"the weights in {folder} hold NaN or infinity as {model.dtype}: {', '.join(damaged[:6])}")
+    model.config.mask_token_id = tokenizer.mask_token_id  # what it says is a default of its class (EuroBERT)
     return MaskedLM(model, tokenizer, mask_id=tokenizer.mask_token_id)
+
+
+def first_of(table: nn.Embedding) -> int:
+    """The first row that is a position: RoBERTa's begin after its padding's."""
+    return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
 def _complete_tokenizer(folder: Path) -> Any:

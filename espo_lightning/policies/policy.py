@@ -4,12 +4,11 @@ LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden st
 What a checkpoint is, is read from its config and tokenizer, never from its name.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,37 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from espo_lightning.policies.config_keys import positions
 from espo_lightning.policies.layout import CAUSAL, FULL, Layout
 from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
-
-Messages = list[dict[str, str]]
-
-
-class Prompts(NamedTuple):
-    """Left-padded prompts of one width. ids: int64 [B, P]. mask: bool [B, P], True = real; None = no padding."""
-
-    ids: Tensor
-    mask: Tensor | None
-
-    def attention(self, length: int) -> Tensor | None:
-        """Key mask of prompt and canvas, bool [B, P + length], or None where nothing is padded."""
-        return None if self.mask is None else F.pad(self.mask, (0, length), value=True)
-
-    def seen_by(self, policy, length: int) -> Tensor | None:
-        """Who attends to whom in prompt and canvas, as the policy's layout says; a callable without one has full
-        attention. See `Layout.attention`."""
-        return getattr(policy, "layout", FULL).attention(self, length)
-
-    def of(self, rows: slice | Tensor) -> "Prompts":
-        """Some of the rows."""
-        return Prompts(self.ids[rows], None if self.mask is None else self.mask[rows])
-
-    def repeat_each(self, n: int) -> "Prompts":
-        """Every row ``n`` times in a row: [B, P] -> [B n, P]."""
-        return Prompts(
-            self.ids.repeat_interleave(n, 0), None if self.mask is None else self.mask.repeat_interleave(n, 0)
-        )
-
+from espo_lightning.policies.prompts import Prompts
+from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
+from espo_lightning.ranges import check_counts
 
 CARD = (
     "LoRA adapters of the base model named above, trained with espo_lightning. `espo_lightning.load_policy` opens this "
@@ -69,7 +43,7 @@ class Policy(nn.Module):
         whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
 
     Raises:
-        ValueError: blocks with a shift, or in a network whose attention cannot be told who sees whom.
+        ValueError: another shift, a negative mask_id, or blocks with a shift or where attention cannot be told of them.
     """
 
     sharded = False  # by a strategy
@@ -86,10 +60,14 @@ class Policy(nn.Module):
         whole_last_layer: bool = False,
     ):
         super().__init__()
+        check_counts(0, mask_id=mask_id)
+        if shift not in (0, 1):
+            raise ValueError(f"shift must be 0 (hidden state i predicts token i) or 1 (state i-1 does), got {shift}")
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
         self.layout = layout or (CAUSAL if causal else FULL)
         self._check_layout()
+        self.told_unknown = False
         last = self.layers[-1] if len(self.layers) else None
         known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
         self.selective = known and not whole_last_layer
@@ -117,6 +95,27 @@ class Policy(nn.Module):
     @property
     def config(self):
         return self.model.config
+
+    @property
+    def positions(self) -> float:
+        """How many tokens prompt and completion may have together; inf where the model does not say."""
+        return positions(getattr(self.model, "config", None))
+
+    def check_canvas(self, length: int) -> None:
+        """Raise a ValueError if a canvas of ``length`` tokens leaves no room for a prompt."""
+        if length >= self.positions:
+            raise ValueError(
+                f"a canvas of length {length} leaves no room for a prompt: config.json of the policy says "
+                f"max_position_embeddings={self.positions}; lower the length"
+            )
+
+    def check_tokens(self, count: int) -> None:
+        """Raise a ValueError if prompt and completion have more than `positions` tokens."""
+        if count > self.positions:
+            raise ValueError(
+                f"prompt and completion have {count} tokens together, and config.json says "
+                f"max_position_embeddings={self.positions}: lower max_prompt_length or the length of the canvas"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -181,10 +180,25 @@ class Policy(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
 
     def tokens(self, prompts: list[str | Messages]) -> list[list[int]]:
-        """Token ids of chat-templated prompts, each as long as it is. A string is one user turn."""
+        """Token ids of chat-templated prompts, each as long as it is. A string is one user turn.
+
+        What a prompt says stays text, see `text`. Once, a prompt that the tokenizer can hardly read is told.
+
+        Raises:
+            ValueError: the template puts a mask token into a prompt.
+        """
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = prompt_tokens(self.tokenizer, turns)
+        if masked := [str(prompt)[:60] for prompt, row in zip(prompts, rows) if self.mask_id in row]:
+            raise ValueError(f"the chat template makes the mask token of the prompt that starts {masked[0]!r}")
+        self.told_unknown = self.told_unknown or tell_unknown(self.tokenizer, rows, prompts, "prompt")
+        return rows
+
+    def answer_tokens(self, answers: list[str]) -> list[list[int]]:
+        """Token ids of answers to learn from, none of them special. Once, one with unknown tokens is told."""
+        rows = plain_tokens(self.tokenizer, answers)
+        self.told_unknown = self.told_unknown or tell_unknown(self.tokenizer, rows, answers, "answer", share=0.0)
+        return rows
 
     def encode(self, prompts: list[str | Messages], max_length: int | None = None) -> Prompts:
         """`tokens`, left-padded to one width.
@@ -257,8 +271,10 @@ class Policy(nn.Module):
             What ``reduce`` returns, for all n positions.
 
         Raises:
-            ValueError: a block-causal policy was not told who attends to whom.
+            ValueError: more positions than the network was made for, or a block-causal policy was not told who attends
+                to whom.
         """
+        self.check_tokens(ids.shape[1] if positions is None else int(positions.max()) + 1)
         if self.layout.block is not None and (attention is None or attention.ndim == 2):
             raise ValueError(f"this policy has {self.layout}: pass attention=prompts.seen_by(policy, length)")
         network = {"use_cache": prefix is not None}
@@ -330,12 +346,3 @@ class Policy(nn.Module):
             card = Path(folder) / "README.md"  # peft's has a hundred places to fill in below its first lines
             facts = card.read_text().split("---")[1]
             card.write_text(f"---{facts}---\n\n{CARD}")
-
-
-def fingerprint(parameters: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that name some weights: a hash of about 64 entries of each, in their order."""
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        flat = parameter.detach().flatten()
-        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

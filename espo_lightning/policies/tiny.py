@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from espo_lightning.policies.formats import layout_keys
 from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.policy import Policy
+from espo_lightning.ranges import check_counts
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
@@ -60,7 +61,17 @@ def new_policy(
         causal: an autoregressive Llama of the same size and weights instead, for controlled comparisons.
         whole_last_layer: no `selective_layer`: slower, and sums are taken in another order. bundled:sudoku was made so.
         block, origin: block-causal attention instead of full, see `Layout`.
+
+    Raises:
+        ValueError: a number out of range, or a width that the heads cannot share.
     """
+    check_counts(1, hidden_size=hidden_size, layers=layers, heads=heads, intermediate_size=intermediate_size)
+    check_counts(0, seed=seed)
+    if hidden_size % (2 * heads):
+        raise ValueError(
+            f"hidden_size must be a multiple of twice the heads, as positions turn pairs of numbers; got {hidden_size} "
+            f"and {heads} heads"
+        )
     tokenizer = character_tokenizer()
     layout = Layout(block, origin, causal)
     masked = {"is_causal": False, "mask_token_id": tokenizer.mask_token_id, "logits_shift": 0}

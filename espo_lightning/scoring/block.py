@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, Seen
 from espo_lightning.scoring.masks import Masks, count_masks
 from espo_lightning.scoring.score import DRAWS, spread, token_log_probs
@@ -38,8 +39,7 @@ class BlockELBO(ELBO):
     in_blocks = True
 
     def __post_init__(self):
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
+        check_counts(1, block=self.block)
         super().__post_init__()
 
     def check(self, policy, length: int, updates: int = 1) -> None:
@@ -139,7 +139,7 @@ class _Copies(NamedTuple):
         policy, slots, owner, known = self.policy, self.slots, self.owner, self.clean.shape[1]
         prefix, nothing = policy.prefix(), torch.zeros_like(self.clean, dtype=torch.bool)
         sees = slots.sees(slice(0, known), slice(0, known))
-        positions, read, places = slots.columns, self.read(), slots.where[owner] - slots.width
+        positions, read, places = slots.positions, self.read(), slots.where[owner] - slots.width
         policy(self.clean, sees, nothing, lambda x: x[:, 0], prefix=prefix, positions=positions[:, :known])
         total = 0.0
         for part in parts_of(self.noisy.shape[1], slots.block):
@@ -168,7 +168,7 @@ class _Copies(NamedTuple):
         copied = slots.noisy_sees(known, slice(None))
         clean = slots.sees(slice(0, known), slice(0, known))
         sees = torch.cat([F.pad(clean, (0, self.noisy.shape[1])), copied], 1)
-        positions = torch.cat([slots.columns[:, :known], slots.columns[:, slots.width :]], 1)
+        positions = torch.cat([slots.positions[:, :known], slots.positions[:, slots.width :]], 1)
         return self.policy(
             torch.cat([self.clean[owner], self.noisy], 1),
             sees[owner],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.keys import fold_in
+from espo_lightning.ranges import check_counts
 from espo_lightning.scoring.masks import (
     Masks,
     bernoulli_masks,
@@ -134,13 +135,6 @@ class Likelihood(ABC):
         return self.log_probs(policy, prompts, completion, masks) * masks.weight
 
 
-def check_at_least_one(**counts: int) -> None:
-    """Raises ValueError that names the first count below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-
-
 class SeenLikelihood(Likelihood):
     """A likelihood whose mask law looks at what was decoded: subclasses define `masks`."""
 
@@ -173,7 +167,11 @@ class ELBO(Likelihood):
     weighted: bool = True
 
     def __post_init__(self):
-        check_at_least_one(draws=self.draws)
+        check_counts(1, draws=self.draws)
+        if self.smallest_count not in (0, 1):
+            raise ValueError(
+                f"smallest_count: smallest must be 0 (authors' code) or 1 (paper, Eq. 3), got {self.smallest_count}"
+            )
         self.draw(torch.zeros(1, dtype=torch.int64), 1)  # contradictory settings fail here, not in the first rollout
 
     @property
@@ -208,7 +206,7 @@ class TimeELBO(Likelihood):
     high: float = 1.0
 
     def __post_init__(self):
-        check_at_least_one(draws=self.draws)
+        check_counts(1, draws=self.draws)
         self.draw(torch.zeros(1, dtype=torch.int64), 1)
 
     @property
@@ -233,7 +231,7 @@ class QuadratureELBO(Likelihood):
     nodes: int = 3
 
     def __post_init__(self):
-        check_at_least_one(nodes=self.nodes)
+        check_counts(1, nodes=self.nodes)
 
     def draw(self, keys: Tensor, length: int) -> Masks:
         return quadrature_masks(keys, length, self.nodes)

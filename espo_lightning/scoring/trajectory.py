@@ -13,7 +13,8 @@ from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.keys import fold_in, real, uniform
-from espo_lightning.scoring.likelihood import Seen, SeenLikelihood, check_at_least_one
+from espo_lightning.ranges import check_counts
+from espo_lightning.scoring.likelihood import Seen, SeenLikelihood
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import log_probs, sampler_log_probs
 
@@ -112,7 +113,7 @@ class Trajectory(TraceLikelihood):
     temperature: float = 1.0
 
     def __post_init__(self):
-        check_at_least_one(**{"merge": self.merge} | ({} if self.draws is None else {"draws": self.draws}))
+        check_counts(1, **{"merge": self.merge} | ({} if self.draws is None else {"draws": self.draws}))
         if self.entropy and self.draws is None:
             raise ValueError("entropy draws steps: it has no effect with draws=null, where all are scored; set draws")
         check_temperature(self.temperature)
@@ -161,7 +162,7 @@ class HighestEntropy(TraceLikelihood):
     temperature: float = 1.0
 
     def __post_init__(self):
-        check_at_least_one(draws=self.draws)
+        check_counts(1, draws=self.draws)
         check_temperature(self.temperature)
 
     def check_decoding(self, decoding: Decoder, updates: int = 1) -> None:

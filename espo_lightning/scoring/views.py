@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from espo_lightning.keys import fold_in, random_bits, uniform
-from espo_lightning.scoring.likelihood import Likelihood, Seen, SeenLikelihood, check_at_least_one
+from espo_lightning.ranges import check_counts
+from espo_lightning.scoring.likelihood import Likelihood, Seen, SeenLikelihood
 from espo_lightning.scoring.masks import Masks, block_view_masks, random_view_masks, token_view_masks
 
 
@@ -60,7 +61,7 @@ class RandomViews(SeenLikelihood):
 
     def __post_init__(self):
         check_interval(self.low, self.high)
-        check_at_least_one(draws=self.draws)
+        check_counts(1, draws=self.draws)
 
     @property
     def independent_draws(self) -> int:
@@ -101,7 +102,7 @@ class BlockViews(SeenLikelihood):
     noise: float = 0.15
 
     def __post_init__(self):
-        check_at_least_one(draws=self.draws, block=self.block)
+        check_counts(1, draws=self.draws, block=self.block)
         if not 0 <= self.noise < 1:
             raise ValueError(f"noise must be a chance from 0 to below 1, got {self.noise}")
 
@@ -139,7 +140,7 @@ class OneMasked(Likelihood):
 
     def __post_init__(self):
         if self.draws is not None:
-            check_at_least_one(draws=self.draws)
+            check_counts(1, draws=self.draws)
 
     @property
     def random(self) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import MappingProxyType
 
+from espo_lightning.ranges import check_counts, check_numbers
 from espo_lightning.tasks.base import Messages, Problem, Verdict
 from espo_lightning.tasks.checks import asserts, needed_names, split_tests, trusted_setup
 from espo_lightning.tasks.files import Line, Row, checked_lines
@@ -95,6 +96,11 @@ class CodeTask(RowTask):
     timeout: float = 15.0  # the slowest reference solution of MBPP needs about 5
     memory_mb: int = 512
     allow_unsafe: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers("(0, inf)", timeout=self.timeout)
+        check_counts(1, memory_mb=self.memory_mb)
 
     def check_host(self) -> None:
         sandbox.choose_backend(self.allow_unsafe)

@@ -10,6 +10,7 @@ from random import Random
 from typing import Literal
 from zlib import crc32
 
+from espo_lightning.ranges import check_counts, check_numbers
 from espo_lightning.tasks.base import Distinct, Problem, Task, Verdict, rng
 from espo_lightning.tasks.files import Line, Row, check_columns, checked_lines, good, readable
 from espo_lightning.tasks.offered import offered
@@ -211,6 +212,8 @@ class Countdown(Task):
     path: str | None = None
 
     def __post_init__(self):
+        check_counts(1, largest=self.largest, largest_target=self.largest_target)
+        check_numbers("[0, 1]", format_reward=self.format_reward)
         if self.largest < 2 or self.largest_target < 4:
             raise ValueError(
                 f"largest must be at least 2 and largest_target at least 4, so that both splits have problems; "

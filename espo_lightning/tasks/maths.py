@@ -25,6 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from espo_lightning.ranges import check_numbers
 from espo_lightning.tasks.answers import TEXT_LIMIT, boxed, boxes, copies, locate
 from espo_lightning.tasks.base import Problem, Verdict, VerifierUnavailable
 from espo_lightning.tasks.files import Row
@@ -221,6 +222,10 @@ class MathTask(RowTask):
     """copied: what a right answer is worth that is an expression of the question, not worked out, see `verify_math`."""
 
     copied: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers("[0, 1]", copied=self.copied)
 
     def check_host(self) -> None:
         """Raises VerifierUnavailable where math-verify cannot be started."""

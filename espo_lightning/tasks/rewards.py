@@ -40,6 +40,13 @@ def weighted(text: str, parts: Mapping[str, tuple[float, Verifier]]) -> Verdict:
     return Failed(total, causes) if causes else total
 
 
+def check_weights(weight: float, extra: Mapping[str, float]) -> None:
+    """Raises ValueError that names the first weight that is no finite number. extra: import path -> weight."""
+    for name, value in {"weight": weight, **{f"extra.{path}": share for path, share in extra.items()}}.items():
+        if not math.isfinite(value):
+            raise ValueError(f"weights are finite numbers, got {name}={value}")
+
+
 def tags(text: str) -> Verdict:
     """Format: 1 if the text is ``<reasoning>...</reasoning><answer>...</answer>``, each tag once and in this order."""
     names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -97,8 +104,7 @@ class Weighted(Task):
         names = ["task", *map(_name, self.extra)]
         if len(set(names)) < len(names):
             raise ValueError(f"two rewards share a name: {names}")
-        if wrong := [weight for weight in (self.weight, *self.extra.values()) if not math.isfinite(weight)]:
-            raise ValueError(f"weights are finite numbers, got {wrong[0]}")
+        check_weights(self.weight, self.extra)
         for path in self.extra:
             load(path)
 

@@ -102,7 +102,10 @@ class RowTask(Task):
         return readable(self.path.replace("{split}", split), type(self).__name__)
 
     def _held_out(self, split: str, lines: list[Line]) -> list[Line]:
-        cut = len(lines) - round(len(lines) * self.held_out)
+        held = round(len(lines) * self.held_out)
+        if 0 < self.held_out < 1 and len(lines) > 1:  # of few rows, at least one for either split
+            held = min(max(held, 1), len(lines) - 1)
+        cut = len(lines) - held
         return lines[:cut] if split == "train" else lines[cut:]
 
     def _from_hub(self, split: str) -> list[Line]:

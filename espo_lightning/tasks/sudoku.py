@@ -9,6 +9,7 @@ from math import factorial, prod
 from random import Random
 from typing import Literal
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Distinct, Problem, Task, Verdict, rng
 from espo_lightning.tasks.files import Line, Row, check_columns, checked_lines, good, readable
 from espo_lightning.tasks.offered import offered
@@ -166,6 +167,7 @@ class Sudoku(Task):
     path: str | None = None
 
     def __post_init__(self):
+        check_counts(0, empty=self.empty)
         if not 1 <= self.empty <= 12:
             raise ValueError(f"empty must be 1..12 (no puzzle with fewer than 4 givens is unique), got {self.empty}")
         if not 0 <= self.right <= 1:

@@ -1,14 +1,13 @@
 """Reward functions of TRL as verifiers: bring them unchanged."""
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import Parameter, isawaitable, signature
 
 from espo_lightning.tasks.base import Verdict
 from espo_lightning.tasks.files import Row
-from espo_lightning.tasks.rewards import imported, weighted
+from espo_lightning.tasks.rewards import check_weights, imported, weighted
 from espo_lightning.tasks.verifiers import name_of, number
 
 OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not hand on as they are
@@ -39,8 +38,7 @@ class TRLReward:
 
     def __init__(self, function: TRLFunction, weight: float = 1.0, extra: dict[str, float] | None = None):
         functions = [(function, weight), *((imported(path), share) for path, share in (extra or {}).items())]
-        if wrong := [share for _, share in functions if not math.isfinite(share)]:
-            raise ValueError(f"weights are finite numbers, got {wrong[0]}")
+        check_weights(weight, extra or {})
         calls = [(partial(reward, function, accepted(function)), share) for function, share in functions]
         self.parts = {name_of(f).rpartition(".")[2]: call for (f, _), call in zip(functions, calls)}
         if len(self.parts) < len(functions):

@@ -55,8 +55,8 @@ def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingC
         except Exception as error:
             if cli is not None and rank_zero_only.rank == 0:
                 sys.stderr.write(f"\n{type(error).__name__}: {error}\n{cli.left_behind()}\n")
-            if isinstance(error, OSError | BrokenVerifier):  # a full disk, and what users bring: no fault of the code
-                raise SystemExit(1 if isinstance(error, OSError) else 2) from None
+            if isinstance(error, OSError | FloatingPointError | BrokenVerifier):  # no fault of the code
+                raise SystemExit(2 if isinstance(error, BrokenVerifier) else 1) from None
             raise
         finally:
             if cli is not None:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.screen import quiet
 
-BAD_INPUT = (ValueError, OSError)  # what constructors and loaders raise when an argument is wrong
+BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
 
 
 def run(function: Callable, command: str, argv: list[str] | None, defaults: dict[str, Any] | None = None) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from lightning.pytorch import LightningDataModule
 
 from espo_lightning.policies.policy import Policy
+from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Problem, Task
 from espo_lightning.tasks.sudoku import Sudoku
 
@@ -89,11 +90,8 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("batches", batches), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if eval_problems < 0:
-            raise ValueError(f"eval_problems must be at least 0, got {eval_problems}")
+        check_counts(1, batch_size=batch_size, batches=batches, eval_batch_size=eval_batch_size)
+        check_counts(0, eval_problems=eval_problems, seed=seed)
         self.task, self.batch_size, self.batches, self.seed = task, batch_size, batches, seed
         self.eval_problems, self.eval_batch_size = eval_problems, eval_batch_size
 

@@ -104,6 +104,6 @@ def token_faults(
             if max_prompt_length is not None and len(row) > max_prompt_length:
                 yield key, f"a prompt has {len(row)} tokens, more than max_prompt_length={max_prompt_length}"
             elif answer_length is not None:
-                tokens = policy.tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
+                tokens = policy.answer_tokens([problem.answer])[0]
                 if len(tokens) > answer_length:
                     yield key, f"an answer has {len(tokens)} tokens, more than length={answer_length}"

@@ -23,11 +23,11 @@ from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
 from espo_lightning.tasks.statistics import cluster_of, summarise
 from espo_lightning.training.checkpoints import PolicyModule
-from espo_lightning.training.checks import check_settings
+from espo_lightning.training.checks import check_settings, check_training, check_updates
 from espo_lightning.training.gradient import Loss, loss_parts, mean_loss
 from espo_lightning.training.metrics import Share, rollout_row, update_shares
-from espo_lightning.training.nonfinite import report_nonfinite
-from espo_lightning.training.rollout import Rollout, chunks, rows_of_groups
+from espo_lightning.training.nonfinite import accepted, check_rewards, naming, watched
+from espo_lightning.training.rollout import Rollout, chunks, trained_rows
 from espo_lightning.training.strategies import check, clip_grad_norm, copy_weights, gather, gathered, shard, unreduced
 
 # purposes of random keys, folded into the seed
@@ -97,6 +97,8 @@ class ESPOModule(PolicyModule):
     ):
         super().__init__()
         check_settings(policy, decoding, likelihood, objective, group_size, updates, micro_batch, reference_sync)
+        check_updates(warmup, max_grad_norm, max_skipped)
+        check_training(policy, optimizer, decoding.length, max_prompt_length, seed)
         self.automatic_optimization = False
         self.policy, self.decoding, self.likelihood, self.objective = policy, decoding, likelihood, objective
         self.group_size, self.updates, self.advantage = group_size, updates, advantage
@@ -126,6 +128,7 @@ class ESPOModule(PolicyModule):
 
     # ---- one training step -------------------------------------------------------------------------
 
+    @naming("rollout {0.rollouts}")
     def training_step(self, problems: list[Problem], batch_idx: int) -> None:
         """A rollout, ``updates`` updates on it, and one row of metrics."""
         start = time.perf_counter()
@@ -156,9 +159,13 @@ class ESPOModule(PolicyModule):
 
     def generate(self, prompts: Prompts, keys: Tensor, decoding: Decoder, traced: bool = False) -> tuple | Tensor:
         """Completions [B, L] of prompts [B, P] with keys [B], ``traced`` with their `Trace`; as many steps by all."""
-        decode, strategy = decoding.decode if traced else decoding.generate, self.trainer.strategy
+        decode = decoding.decode if traced else decoding.generate
         with gathered(self.policy) if self.gather_rollouts else nullcontext():
-            return decode(self.policy, prompts, keys, lambda more: strategy.reduce_boolean_decision(more, all=False))
+            return decode(self.policy, prompts, keys, self.agree)
+
+    def agree(self, more: bool) -> bool:
+        """Does any process still need a denoising step?"""
+        return self.trainer.strategy.reduce_boolean_decision(more, all=False)
 
     def judge_and_score(self, problems: list[Problem], prompts: Prompts, completion: Tensor, keys: Tensor) -> Rollout:
         """Verify the completions, draw all masks, and score what must be scored before the first update."""
@@ -168,7 +175,10 @@ class ESPOModule(PolicyModule):
         rewards = torch.tensor([v["reward"] for v in verdicts], device=completion.device).view(-1, self.group_size)
         equal = equal_groups(rewards)
         advantages = self.advantage(rewards).masked_fill(equal.unsqueeze(-1), 0.0).flatten()
-        rows, counted, idle = self.rows_with_gradient(equal)
+        check_rewards(verdicts, rewards, advantages)
+        needed = ~equal if self.skip_equal_groups and self.objective.idle else torch.ones_like(equal)
+        most = int(self.trainer.strategy.reduce(needed.sum(), reduce_op="max"))
+        rows, counted = trained_rows(needed, most, self.group_size)
 
         keys = fold_in(keys, MASK)
         seen = Seen.of(self.policy, prompts, completion, keys, self.updates, self.trace, self.decoding.passes)
@@ -184,25 +194,9 @@ class ESPOModule(PolicyModule):
             old[1:] = [self.score(self.policy, *batch, m) for m in masks[1:]]
         if self.objective.reference:
             ref = [self.score(self.reference, *batch, m) for m in masks]
-        trained = {"advantages": advantages[rows], "count": count[rows], "counted": counted, "idle": idle}
+        trained = {"advantages": advantages[rows], "count": count[rows], "counted": counted, "idle": most == 0}
         done = {"rewards": rewards, "decoded": completion, "texts": texts, "verdicts": verdicts}
         return Rollout(*batch, length[rows], masks, old, ref, **trained, **done)
-
-    def rows_with_gradient(self, equal: Tensor) -> tuple[Tensor, int, bool]:
-        """Which completions to train on, how many of them have a gradient (these come first), and whether none has.
-
-        Whole groups, as many on every process as on the one that needs most, so that collectives match, and at least
-        one, so that the optimizer always takes its step. The surplus has advantage 0.
-
-        Args:
-            equal: bool [Q], groups whose rewards are all the same.
-        """
-        needed = torch.ones_like(equal)
-        if self.skip_equal_groups and self.objective.idle:
-            needed = ~equal
-        most = int(self.trainer.strategy.reduce(needed.sum(), reduce_op="max"))
-        groups = needed.int().argsort(descending=True, stable=True)[: max(most, 1)]
-        return rows_of_groups(groups, self.group_size), int(needed.sum()) * self.group_size, most == 0
 
     @torch.no_grad()
     def score(self, policy, prompts: Prompts, completion: Tensor, masks: Masks) -> Tensor:
@@ -225,13 +219,8 @@ class ESPOModule(PolicyModule):
         pieces = [self.accumulate(rollout, view, r, last=r is rows[-1]) for r in rows]
         if self.objective.old and rollout.old[view] is None:
             rollout.old[view] = torch.cat([piece.log_probs for piece in pieces], 1)
-        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = clip_grad_norm(self.policy, self.trainer.strategy, max_norm)
-        finite = bool(torch.isfinite(norm))  # the same on every process, as the norm is
-        if not finite:
-            optimizer.zero_grad()  # without gradients the step below only counts
-            report_nonfinite(self, rollout, pieces)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        norm = clip_grad_norm(self.policy, self.trainer.strategy, self.max_grad_norm or math.inf)  # null: only measured
+        finite = accepted(self, rollout, pieces, norm)
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         self.lr_schedulers().step()
@@ -269,6 +258,7 @@ class ESPOModule(PolicyModule):
     def on_validation_epoch_start(self) -> None:
         self.verdicts = []
 
+    @naming("the validation after rollout {0.rollouts}")
     def validation_step(self, problems: list[Problem], batch_idx: int) -> None:
         """Greedy completions of held-out problems, each with a key of its own, for orders that are drawn."""
         prompts = self.policy.encode([p.prompt for p in problems], self.max_prompt_length)
@@ -285,7 +275,7 @@ class ESPOModule(PolicyModule):
         self.log_dict({**metrics, "rollout": float(self.rollouts)}, sync_dist=True)  # they are equal already
 
     def configure_optimizers(self):
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        optimizer = watched(self.optimizer([p for p in self.policy.parameters() if p.requires_grad]), self, self.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, self.warmup)))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -39,9 +39,19 @@ class Rollout(NamedTuple):
     idle: bool
 
 
-def rows_of_groups(groups: Tensor, size: int) -> Tensor:
-    """Indices of the completions of some groups of ``size``, group by group: [n] -> [n size]."""
-    return (groups.unsqueeze(-1) * size + torch.arange(size, device=groups.device)).flatten()
+def trained_rows(needed: Tensor, most: int, size: int) -> tuple[Tensor, int]:
+    """Indices of the completions to train on, whole groups of ``size``, and how many of them have a gradient.
+
+    Those that have come first. There are as many as on the process that needs most, so that collectives match, and at
+    least one group, so that the optimizer always takes its step. The surplus has advantage 0.
+
+    Args:
+        needed: bool [Q], groups with a gradient.
+        most: the largest number of them on any process.
+    """
+    groups = needed.int().argsort(descending=True, stable=True)[: max(most, 1)]
+    rows = (groups.unsqueeze(-1) * size + torch.arange(size, device=groups.device)).flatten()
+    return rows, int(needed.sum()) * size
 
 
 def chunks(n: int, size: int | None) -> list[slice]:

@@ -16,6 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor
 
+from espo_lightning.ranges import check_counts
+
 DEEPSPEED = "pip install 'setuptools>=77' && pip install --no-build-isolation deepspeed==0.19.8"
 ZERO = (
     "only ZeRO 1 and 2 are possible with deepspeed, without offloading: instead of ZeRO-3 use fsdp2, with offloading "
@@ -36,7 +38,7 @@ class DeepSpeed(DeepSpeedStrategy):
         process_group_backend: as in every strategy of Lightning.
 
     Raises:
-        ValueError: another stage, or the package is not installed.
+        ValueError: another stage, no bucket, or the package is not installed.
     """
 
     restore_checkpoint_after_setup = False  # the engine copies the weights that it finds
@@ -54,6 +56,7 @@ class DeepSpeed(DeepSpeedStrategy):
     ):
         if stage not in (1, 2):
             raise ValueError(f"stage {stage}: {ZERO}")
+        check_counts(1, bucket_size=bucket_size)
         if find_spec("deepspeed") is None:
             raise ValueError(f"trainer.strategy=deepspeed needs a package that is not installed: {DEEPSPEED}")
         buckets = {"reduce_bucket_size": bucket_size, "allgather_bucket_size": bucket_size}
