@@ -1,5 +1,6 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
+from espo_lightning.decoding.block import BlockDecoding
 from espo_lightning.decoding.causal import AutoregressiveDecoding
 from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.masked import Decoding, generate
@@ -41,10 +42,12 @@ from espo_lightning.objectives.sandwich import Sandwich
 from espo_lightning.objectives.self_normalised import SelfNormalised
 from espo_lightning.objectives.truncated import TruncatedRatio, ball_kl, hamming_ball, truncated_ratio
 from espo_lightning.objectives.weighted import Weighted, total
+from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.lora import LoRA
 from espo_lightning.policies.policy import Policy, Prompts
 from espo_lightning.policies.tiny import new_policy
+from espo_lightning.scoring.block import BlockELBO
 from espo_lightning.scoring.likelihood import (
     ELBO,
     Autoregressive,
@@ -72,6 +75,8 @@ __all__ = [
     "Autoregressive",
     "AutoregressiveDecoding",
     "Balance",
+    "BlockDecoding",
+    "BlockELBO",
     "BlockViews",
     "Countdown",
     "Decoder",
@@ -79,6 +84,7 @@ __all__ = [
     "DeepSpeed",
     "ESPOModule",
     "HighestEntropy",
+    "Layout",
     "Likelihood",
     "LoRA",
     "Masks",

@@ -6,17 +6,22 @@ docs/scaling.md has the formulas and what follows from them.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from espo_lightning.decoding.block import BlockDecoding
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.lab.costs import BF16, FP32, Hardware, collectives, expected_work, memory, merge_scores, with_total
-from espo_lightning.lab.flops import Work, decoding_passes, flops
+from espo_lightning.lab.flops import Passes, Work, decoding_passes, flops, scoring_passes
+from espo_lightning.lab.flops_blocks import block_decoding_passes, block_scoring_passes
 from espo_lightning.lab.network import Network, read_network
 from espo_lightning.objectives.objective import Objective
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.ranges import check_counts
+from espo_lightning.scoring.block import BlockELBO
 from espo_lightning.scoring.likelihood import ELBO, Likelihood
 from espo_lightning.training.command_line import run
 
@@ -78,8 +83,10 @@ def cost(
     if output is not None and Path(output).exists():
         raise ValueError(f"output {output} exists already: name another file, or remove it")
     network, rank, completions = read_network(policy), lora_rank or 0, prompts_per_gpu * group_size
-    rollout = decoding_passes(decoding, completions, prompt_length + decoding.length)
+    resumes = all((shards or n) == 1 for n in gpus) and not gradient_checkpointing
+    rollout, scoring, cached = passes_of(decoding, likelihood, completions, prompt_length, resumes)
     options = {"updates": updates, "objective": objective, "micro_batch": micro_batch, "view_by_view": view_by_view}
+    options["scoring"] = scoring
     sets = updates if fresh_masks and likelihood.random else 1
     w = expected_work(rollout, likelihood, completions, decoding, sets, **options)
     spent = flops(network, w, rank, gradient_checkpointing)
@@ -94,7 +101,7 @@ def cost(
         shared = {"shards": shards or n, "rank": rank, "gather_rollouts": gather_rollouts}
         size, seconds = collectives(network, w, hardware, gpus=n, updates=updates, **shared)
         stored = BF16 if dtype == "bfloat16" else FP32
-        held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, **shared)
+        held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, cached=cached, **shared)
         whole = column(network, w, spent, size, seconds, hardware)
         whole["PFLOP per GPU"] |= formulas
         memories = {"GB of memory per GPU": {part: b / 1e9 for part, b in held.items()}}
@@ -104,6 +111,25 @@ def cost(
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def passes_of(
+    decoding: Decoding, likelihood: Likelihood, completions: int, prompt_length: int, resumes: bool
+) -> tuple[Passes, Callable[..., Passes], int]:
+    """The passes of a rollout, those of scoring given masks, and tokens whose keys and values the rollout keeps.
+
+    resumes: see `Policy.resumes`.
+    """
+    blocks, width = isinstance(decoding, BlockDecoding), prompt_length + decoding.length
+    elbo = isinstance(likelihood, BlockELBO)
+    if (blocks and not likelihood.in_blocks) or (elbo and not (blocks and likelihood.block == decoding.block_length)):
+        raise ValueError("decoding=BlockDecoding and likelihood=BlockELBO go together, with the same block")
+    if not blocks:
+        return decoding_passes(decoding, completions, width), scoring_passes, 0
+    own = partial(block_scoring_passes, block=decoding.block_length, resumes=resumes)
+    scoring = own if elbo else scoring_passes
+    cached = completions * (width - decoding.block_length) if decoding.cache else 0
+    return block_decoding_passes(decoding, completions, width), scoring, cached
 
 
 def column(

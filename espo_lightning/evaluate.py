@@ -20,7 +20,8 @@ from espo_lightning.decoding.published import protocol as protocol_named
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import as_json, load_weights, solve
 from espo_lightning.lab.evaluation_parts import Shards
-from espo_lightning.policies.policy import Policy, fingerprint
+from espo_lightning.policies.fingerprint import fingerprint
+from espo_lightning.policies.policy import Policy
 from espo_lightning.ranges import check_counts
 from espo_lightning.tasks.base import Task
 from espo_lightning.tasks.statistics import cluster_of, per_problem, summarise

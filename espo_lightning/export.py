@@ -1,6 +1,7 @@
 """python -m espo_lightning.export --policy DIR --output DIR: merge adapters and write a checkpoint for other programs.
 
-``llada`` is LLaDA's own format: its parameter names and its config.json as it was. The code files that its ``auto_map``
+``llada`` is LLaDA's own format: its parameter names and its config.json as it was; ``own`` is that of SDAR, TraDo and
+Tiny-A2D, whose parameters have the names of Qwen3, Qwen2 and Llama. The code files that its ``auto_map``
 names are no part of a policy: copy them from the original folder for programs that run them.
 """
 
@@ -9,18 +10,20 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from espo_lightning.policies.formats import llada_config, llada_names, was_llada
+from espo_lightning.policies.formats import came_in_blocks, llada_config, llada_names, own_config, was_llada
 from espo_lightning.policies.load import load_policy
+from espo_lightning.policies.policy import Policy
 from espo_lightning.training.command_line import run
 
 
-def export(policy: str, output: str, format: Literal["llada", "hf"] | None = None) -> Path:
+def export(policy: str, output: str, format: Literal["llada", "own", "hf"] | None = None) -> Path:
     """Write a policy as a checkpoint without adapters, in the dtype of its weights.
 
     Args:
         policy: a folder or hub id that load_policy opens, adapters included.
         output: a new or empty folder.
-        format: llada or hf (Llama, Qwen2, Qwen3 of transformers); default: llada for what once was LLaDA's, else hf.
+        format: llada, own, or hf (Llama, Qwen2, Qwen3 of transformers); default: llada for what once was LLaDA's, own
+            for what came as SDAR, TraDo or Tiny-A2D, else hf.
 
     Returns:
         The output folder.
@@ -31,8 +34,7 @@ def export(policy: str, output: str, format: Literal["llada", "hf"] | None = Non
     loaded = load_policy(policy, dtype="auto")
     if loaded.has_adapters:
         loaded.model = loaded.model.merge_and_unload(safe_merge=True)
-    llada = format == "llada" or (format is None and was_llada(loaded.config))
-    config = llada_config(loaded.config) if llada else None
+    config = config_of(loaded, format)
     folder.mkdir(parents=True, exist_ok=True)
     if config is None:
         loaded.save(folder)
@@ -42,11 +44,22 @@ def export(policy: str, output: str, format: Literal["llada", "hf"] | None = Non
     weights = loaded.model.state_dict()
     if loaded.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    names = llada_names(loaded.config).items()
-    save_torch_state_dict({theirs: weights[ours] for theirs, ours in names if ours in weights}, folder)
+    own = {name: name for name in weights}
+    names = llada_names(loaded.config) if config["model_type"] == "llada" else own
+    save_torch_state_dict({theirs: weights[ours] for theirs, ours in names.items() if ours in weights}, folder)
     loaded.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def config_of(policy: Policy, format: str | None) -> dict | None:
+    """The config.json to write; None = the one that transformers writes."""
+    blocks = policy.layout.block is not None
+    if format == "llada" or (format is None and was_llada(policy.config) and not blocks):
+        return llada_config(policy.config)
+    if format == "own" or (format is None and came_in_blocks(policy.config)):
+        return own_config(policy.config)
+    return None
 
 
 def main(argv: list[str] | None = None) -> None:

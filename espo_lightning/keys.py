@@ -55,6 +55,11 @@ def randint(keys: Tensor, high: int) -> Tensor:
     return _shift_right(random_bits(keys, 1).squeeze(-1), 1) % high
 
 
+def randints(keys: Tensor, n: int, high: Tensor) -> Tensor:
+    """``n`` integers per key, each on 0..high-1 of its own ([..., n]); the first is that of `randint`."""
+    return _shift_right(random_bits(keys, n), 1) % high
+
+
 def random_subset(keys: Tensor, counts: Tensor, length: int) -> Tensor:
     """A uniformly random subset of ``counts`` out of ``length`` positions: [...] -> bool [..., length]."""
     ranks = random_bits(keys, length).argsort(-1).argsort(-1)

@@ -580,7 +580,7 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: (f / "config.json").write_text("{"), ValueError, r"config\.json cannot be read"),
         (lambda f: (f / "config.json").write_text("[]"), ValueError, "must hold a JSON object, got list"),
         (lambda f: edit(f / "config.json", d_model="absent"), ValueError, "lacks 'd_model'"),
-        (lambda f: edit(f / "config.json", model_type="bert"), ValueError, "unknown model_type 'bert'.*llada, Dream"),
+        (lambda f: edit(f / "config.json", model_type="gpt2"), ValueError, "unknown model_type 'gpt2'.*llada, Dream"),
         (lambda f: edit(f / "config.json", model_type="absent"), ValueError, "unknown model_type None"),
         (lambda f: edit(f / "config.json", alibi=True), ValueError, "no Llama.*alibi"),
         (lambda f: edit(f / "config.json", n_layers=3), ValueError, r"missing model\.transformer\.blocks\.2"),

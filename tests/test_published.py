@@ -18,7 +18,8 @@ from espo_lightning import fit as fit_program
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.network import read_network
 from espo_lightning.policies.config_keys import FIXED, HARMLESS, IGNORED, positions
-from espo_lightning.policies.formats import LLADA_CONFIG, LLADA_DERIVED, LLADA_FIXED, make_config
+from espo_lightning.policies.formats import LLADA_CONFIG, LLADA_DERIVED, LLADA_FIXED, layout_of, make_config
+from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.text import plain_tokens, prompt_tokens
 from espo_lightning.training.supervised import SFTModule, encode_answers
 
@@ -95,6 +96,17 @@ SMOLLM2 = {
     "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
     "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 49152,
 }  # fmt: skip
+SDAR_17B = QWEN3 | {
+    "architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": 4, "fuse_cross_entropy": True,
+    "debug": False, "ep_size": 1, "micro_forward": False, "skip_checkpoint": False, "tie_word_embeddings": False,
+    "auto_map": {
+        "AutoConfig": "configuration_sdar.SDARConfig", "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+    },
+}  # fmt: skip
+A2D_QWEN3 = QWEN3 | {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"}
+A2D_QWEN2 = QWEN25 | {"architectures": ["A2DQwen2LMHeadModel"], "model_type": "a2d-qwen2"}
+A2D_LLAMA = LLAMA32 | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"}
+BLOCK_CAUSAL = {"SDAR": SDAR_17B, "3": A2D_QWEN3, "2": A2D_QWEN2, "a2d-llama": A2D_LLAMA}
 PUBLISHED = {
     "LLaDA-8B": (LLADA_8B, 8_015_581_184), "Dream-7B": (DREAM_7B, 7_615_616_512), "Qwen2.5-0.5B": (QWEN25, 494_032_768),
     "Llama-3.2-1B": (LLAMA32, 1_235_814_400), "SmolLM2-135M": (SMOLLM2, 134_515_008),
@@ -150,7 +162,9 @@ def test_llada_is_a_llama_at_one_value_of_each_of_these(key):
 
 
 @pytest.mark.parametrize(
-    "raw", [DREAM_7B, QWEN25, QWEN3, LLAMA32, SMOLLM2], ids=["Dream", "2", "3", "llama", "SmolLM2"]
+    "raw",
+    [DREAM_7B, QWEN25, QWEN3, LLAMA32, SMOLLM2, *BLOCK_CAUSAL.values()],
+    ids=["Dream", "2", "3", "llama", "SmolLM2", *BLOCK_CAUSAL],
 )
 def test_the_others_say_nothing_that_is_not_read(raw):
     for key in ("clip_qkv", "logit_scale", "num_experts", "quantization_config", "anything_else", "use_mrope"):
@@ -163,10 +177,39 @@ def test_the_others_say_nothing_that_is_not_read(raw):
     for rope in ({"rope_type": "longrope", "factor": 2.0}, {"rope_type": "default", "partial_rotary_factor": 0.5}):
         with pytest.raises((ValueError, KeyError)):
             make_config(raw | {"rope_scaling": rope})
-    if raw["model_type"] != "llama":
+    if "llama" not in raw["model_type"]:
         windows = ["sliding_attention"] * raw["num_hidden_layers"]
         with pytest.raises(ValueError, match="only full attention"):
             make_config(raw | {"layer_types": windows})
+
+
+@pytest.mark.parametrize("raw", BLOCK_CAUSAL.values(), ids=BLOCK_CAUSAL)
+def test_block_causal_configs_are_read_whole(raw):
+    config = make_config(raw)
+    assert (config.original_config, config.is_causal, config.logits_shift) == (raw, False, 0)
+    assert layout_of(config) == Layout(raw.get("block_size"))
+    assert positions(config) == raw["max_position_embeddings"]
+    assert layout_of(make_config(raw | {"block_size": 8, "block_origin": "response"})) == Layout(8, "response")
+    make_config(raw | {"is_causal": False, "logits_shift": 0})
+    for key, value in {"is_causal": True, "logits_shift": 1}.items():
+        with pytest.raises(ValueError, match=rf"config\.json says .*{key}"):
+            make_config(raw | {key: value})
+
+
+@pytest.mark.parametrize("raw", [QWEN25, QWEN3, LLAMA32], ids=["2", "3", "llama"])
+def test_blocks_are_read_where_they_mean_something(raw):
+    masked = raw | {"is_causal": False, "logits_shift": 0}
+    assert layout_of(make_config(masked | {"block_size": 4})) == Layout(4)
+    with pytest.raises(ValueError, match="block_origin 'response', but not how many tokens"):
+        layout_of(make_config(masked | {"block_origin": "response"}))
+    for key, value in {"block_size": 4, "block_origin": "global"}.items():  # of what writes from left to right
+        with pytest.raises(ValueError, match=rf"config\.json says .*{key}"):
+            make_config(raw | {key: value})
+
+
+def test_llada_has_no_blocks():
+    with pytest.raises(ValueError, match=r"config\.json says .*block_size"):
+        make_config(LLADA_8B | {"block_size": 4})
 
 
 def test_qwen2_has_biases_in_any_case():

@@ -18,10 +18,13 @@ from espo_lightning import (
     FSDP,
     FSDP2,
     AutoregressiveDecoding,
+    BlockDecoding,
+    BlockELBO,
     BlockViews,
     Decoding,
     DeepSpeed,
     ESPOModule,
+    Layout,
     LoRA,
     MeanField,
     Policy,
@@ -37,6 +40,7 @@ from espo_lightning import (
     espo_loss,
     even_schedule,
     fit,
+    load_policy,
     new_policy,
     origin_schedule,
     tasks,
@@ -82,6 +86,16 @@ class Real(NamedTuple):
 SEED, SHARE, ONE, NONE = Whole(0), Real("[0, 1]"), Whole(1), Whole(0)
 POSITIVE, CHANCE = Real("(0, inf)"), Real("[0, 1)")
 TASK = {"task": Letters(), "policy": None}
+DECODING = {
+    "length": ONE,
+    "block_length": ONE,
+    "steps": ONE,
+    "temperature": Real("[0, inf)"),
+    "top_p": Real("(0, 1]"),
+    "order_temperature": Real("[0, inf)"),
+    "threshold": Real("(0, 1)"),
+    "corrector": NONE,
+}
 CODE = {"held_out": SHARE, "timeout": POSITIVE, "memory_mb": ONE}
 
 
@@ -136,26 +150,18 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     LoRA: (LoRA, {"rank": ONE, "alpha": POSITIVE, "seed": SEED}),
     new_policy: (
         new_policy,
-        {"hidden_size": ONE, "layers": ONE, "heads": ONE, "intermediate_size": ONE, "seed": SEED},
+        {"hidden_size": ONE, "layers": ONE, "heads": ONE, "intermediate_size": ONE, "seed": SEED, "block": ONE},
     ),
-    Decoding: (
-        Decoding,
-        {
-            "length": ONE,
-            "block_length": ONE,
-            "steps": ONE,
-            "temperature": Real("[0, inf)"),
-            "top_p": Real("(0, 1]"),
-            "order_temperature": Real("[0, inf)"),
-            "threshold": Real("(0, 1)"),
-            "corrector": NONE,
-        },
-    ),
+    Decoding: (Decoding, DECODING),
+    BlockDecoding: (BlockDecoding, DECODING | {"corrector": Whole(0, 0)}),
+    Layout: (Layout, {"block": ONE}),
+    load_policy: (partial(load_policy, "bundled:sudoku"), {"block": ONE}),
     AutoregressiveDecoding: (AutoregressiveDecoding, {"length": ONE, "temperature": Real("[0, inf)")}),
     even_schedule: (partial(schedule, even_schedule), {"tokens": ONE, "steps": ONE}),
     dream_schedule: (partial(schedule, dream_schedule), {"tokens": ONE, "steps": ONE}),
     origin_schedule: (partial(schedule, origin_schedule), {"tokens": ONE, "steps": ONE}),
     ELBO: (partial(ELBO, coupled=False), {"draws": ONE, "smallest_count": Whole(0, 1)}),
+    BlockELBO: (partial(BlockELBO, coupled=False), {"draws": ONE, "smallest_count": Whole(0, 1), "block": ONE}),
     TimeELBO: (TimeELBO, {"draws": ONE, "low": CHANCE, "high": Real("(0, 1]")}),
     QuadratureELBO: (QuadratureELBO, {"nodes": ONE}),
     MeanField: (MeanField, {"prompt_noise": CHANCE}),

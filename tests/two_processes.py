@@ -26,7 +26,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espo_lightning import BlockViews, LoRA, OneMasked, PolicyGradient, PromptDataModule, sequence_ratio
+from espo_lightning import (
+    BlockDecoding,
+    BlockELBO,
+    BlockViews,
+    LoRA,
+    OneMasked,
+    PolicyGradient,
+    PromptDataModule,
+    new_policy,
+    sequence_ratio,
+)
 from espo_lightning.lab.methods import Method, read_method
 from espo_lightning.policies.load import _checkpoint_layers
 from espo_lightning.policies.lora import add_adapter
@@ -64,6 +74,11 @@ def checkpointed_tied_policy():
     return policy.train()
 
 
+def block_policy():
+    """Prompts of 2 to 4 tokens, so that a completion has two blocks or three."""
+    return new_policy(hidden_size=16, layers=2, heads=2, intermediate_size=24, block=2, origin="global")
+
+
 def uneven_policy():
     """Of many tokens that end a text, so that completions differ in length; float64, so that no rounding flips one."""
     policy = small_policy().double()
@@ -99,6 +114,7 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "checkpointed tied": {"policy": checkpointed_tied_policy, "view_by_view": True, "micro_batch": 3},
     "bf16 base": {"policy": partial(lora_policy, torch.bfloat16), **ADAM},
     "bf16": {"precision": "bf16-mixed", **ADAM},
+    "blocks": {"policy": block_policy, "decoding": BlockDecoding(4, 2, 4), "likelihood": BlockELBO(2, block=2), **ADAM},
 }
 PRESETS = sorted((HERE.parent / "experiments" / "methods").glob("*.yaml"))
 METHODS = {path.stem: small_method(read_method(path)) for path in PRESETS}  # under ddp only

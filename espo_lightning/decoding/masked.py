@@ -147,6 +147,19 @@ class Decoding(Decoder):
                 "likelihood=Autoregressive), or make it a diffusion policy by sft (load_policy with denoise: true)"
             )
         policy.check_canvas(self.length)
+        layout = getattr(policy, "layout", None)
+        if layout is None or layout.block is None:
+            return
+        if self.prefix_cache:
+            raise ValueError(
+                f"prefix_cache is superfluous: the policy has {layout}, whose keys and values of finished blocks are "
+                f"exact: use BlockDecoding with block_length {layout.block}, and drop prefix_cache"
+            )
+        if layout.splits(self.length):
+            raise ValueError(
+                f"the policy has {layout}, and decoding=Decoding is for policies whose canvas is one block: use "
+                f"BlockDecoding with block_length {layout.block}"
+            )
 
     def decode(
         self, policy, prompts, keys: Tensor, agree: Callable[[bool], bool] = lambda more: more
@@ -219,7 +232,7 @@ def _unmask(
 ) -> tuple[Tensor, Trace | None]:
     width, length = prompts.ids.shape[1], decoding.length
     canvas = F.pad(prompts.ids, (0, length), value=policy.mask_id)
-    attention, mask_token = prompts.attention(length), canvas.new_tensor(policy.mask_id)
+    attention, mask_token = prompts.seen_by(policy, length), canvas.new_tensor(policy.mask_id)
     everyone, plan = torch.arange(len(canvas), device=canvas.device), decoding.plan
     propose, shape = _proposer(decoding, mask_token, traced), (len(canvas), length)
     trace = Trace(keys.new_full(shape, -1), torch.zeros(shape, device=keys.device)) if traced else None

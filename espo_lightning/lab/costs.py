@@ -12,6 +12,7 @@ import torch
 from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.flops import Passes, Work, plain_trace, work
+from espo_lightning.lab.flops_blocks import cache_bytes
 from espo_lightning.lab.network import Network
 from espo_lightning.policies.prefix import HEAD_BYTES
 from espo_lightning.ranges import check_counts, check_numbers
@@ -123,12 +124,21 @@ def activation_bytes(network: Network, passes: Passes, rank: int = 0, checkpoint
 
 
 def memory(
-    network: Network, w: Work, *, stored: int, shards: int, rank: int, checkpointing: bool, gather_rollouts: bool
+    network: Network,
+    w: Work,
+    *,
+    stored: int,
+    shards: int,
+    rank: int,
+    checkpointing: bool,
+    gather_rollouts: bool,
+    cached: float = 0,
 ) -> dict[str, float]:
     """Bytes of one GPU in the backward pass of a micro-batch; and in a rollout, which has other activations.
 
     stored: bytes of a stored weight; adapters are float32. Gradients and Adam's moments are like what they belong to.
-    A rollout's activations are an estimate: per token the residual stream, norms and MLP of one layer.
+    A rollout's activations are an estimate: per token the residual stream, norms and MLP of one layer. cached: tokens
+    whose keys and values `BlockDecoding` keeps.
     """
     n, adapters, layer = network.parameters, network.adapters(rank), network.layer_parameters
     trained = FP32 * adapters if rank else stored * n
@@ -148,8 +158,9 @@ def memory(
         "activations": activation_bytes(network, w.updates, rank, checkpointing),
         "logits": logits,
     }
-    rollout = sum(held.values()) + whole + decoding + logits
-    return held | backward | {"total": sum((held | backward).values()), "total in the rollout": rollout}
+    keys = {"cache in the rollout": cache_bytes(network, cached, stored)} if cached else {}
+    rollout = sum(held.values()) + whole + decoding + logits + sum(keys.values())
+    return held | backward | {"total": sum((held | backward).values())} | keys | {"total in the rollout": rollout}
 
 
 def expected_work(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.decoding.masked import Decoding
-from espo_lightning.policies.policy import Policy, fingerprint
+from espo_lightning.policies.fingerprint import fingerprint
+from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
 from espo_lightning.training.strategies import weights_in

@@ -47,7 +47,7 @@ def edge_chunks(policy, prompts, candidates: Tensor, rows: int = CHUNK) -> Itera
     length, width = candidates.shape
     digits = all_numbers(width + 1, length).to(candidates.device)
     tokens = F.pad(candidates, (0, 1), value=policy.mask_id)  # digit W shows the mask
-    attention = prompts.attention(length)
+    attention = prompts.seen_by(policy, length)
 
     def wanted(logits: Tensor, columns: Tensor) -> Tensor:
         return logits.double().log_softmax(-1).gather(-1, columns)

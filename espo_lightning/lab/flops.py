@@ -6,6 +6,7 @@ half-passes with nothing hidden do not run, the first update's own terms are its
 once per mask set. docs/scaling.md has the same as equations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,19 +28,39 @@ class Passes:
     """Some forward passes of one width.
 
     calls: of the network. rows: sequences in all of them. width: tokens of a sequence, P + L. positions: where a token
-    is predicted, in all of them. Averages need not be whole numbers.
+    is predicted, in all of them. pairs: of a token and one that it attends to, masked or not; None = all of a sequence.
+    Averages need not be whole numbers; neither need rows, where a pass takes parts of sequences.
     """
 
     calls: float
     rows: float
     width: int
     positions: float
+    pairs: float | None = None
+
+    @property
+    def attended(self) -> float:
+        """``pairs``, counted."""
+        return self.rows * self.width * self.width if self.pairs is None else self.pairs
 
     def __add__(self, other: "Passes") -> "Passes":
-        return Passes(self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
+        pairs = None if self.pairs is other.pairs is None else self.attended + other.attended
+        sums = (self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
+        return Passes(*sums, pairs)
 
     def __mul__(self, n: float) -> "Passes":
-        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n)
+        pairs = None if self.pairs is None else self.pairs * n
+        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n, pairs)
+
+
+def hidden_in_steps(decoding: Decoding) -> list[float]:
+    """How many positions of a block are hidden in each of its steps that may commit something."""
+    hidden, left = [], decoding.block_length
+    for count, bar in decoding.schedule(decoding.block_length, decoding.steps // decoding.blocks):
+        if count or bar < 1:
+            hidden.append(left)
+        left -= left * (1 - bar) if bar < 1 else count
+    return hidden
 
 
 def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
@@ -48,11 +69,7 @@ def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
     ``origin_schedule`` counts with its mean. What ``threshold``, ``early_stop`` and ``prefix_cache`` save depends on
     the data and is not counted: an upper bound for them.
     """
-    hidden, left = [], decoding.block_length
-    for count, bar in decoding.schedule(decoding.block_length, decoding.steps // decoding.blocks):
-        if count or bar < 1:
-            hidden.append(left)
-        left -= left * (1 - bar) if bar < 1 else count
+    hidden = hidden_in_steps(decoding)
     calls = decoding.blocks * len(hidden) + decoding.corrector
     positions = decoding.blocks * sum(hidden) + decoding.corrector
     return Passes(calls, completions * calls, width, completions * positions)
@@ -103,7 +120,14 @@ class Work(NamedTuple):
 
 
 def work(
-    rollout: Passes, masks: list[Masks], *, updates: int, objective: Objective, micro_batch: int, view_by_view: bool
+    rollout: Passes,
+    masks: list[Masks],
+    *,
+    updates: int,
+    objective: Objective,
+    micro_batch: int,
+    view_by_view: bool,
+    scoring: Callable[..., Passes] = scoring_passes,
 ) -> Work:
     """What `ESPOModule.training_step` runs.
 
@@ -112,9 +136,10 @@ def work(
         masks: U sets [M, B, L]; U = ``updates``, or 1 if they are reused.
         updates, micro_batch, view_by_view: as in `ESPOModule`.
         objective: says whether old and reference log-probabilities are needed.
+        scoring: the passes of a likelihood on given masks, as `scoring_passes`.
     """
     nothing = rollout * 0
-    sets = [scoring_passes(m, rollout.width, micro_batch, DRAWS) for m in masks]  # without a graph
+    sets = [scoring(m, rollout.width, micro_batch, draws=DRAWS) for m in masks]  # without a graph
     trained = masks if not view_by_view else [view for m in masks for view in m.single_passes()]
     repeats = updates // len(sets)
     return Work(
@@ -122,7 +147,7 @@ def work(
         old=sum(sets[1:], nothing) if objective.old else nothing,
         reference=sum(sets, nothing) if objective.reference else nothing,
         terms=sum(sets, nothing) * repeats if view_by_view else nothing,
-        updates=sum((scoring_passes(m, rollout.width, micro_batch) for m in trained), nothing) * repeats,
+        updates=sum((scoring(m, rollout.width, micro_batch) for m in trained), nothing) * repeats,
     )
 
 
@@ -156,7 +181,7 @@ def forward(network: Network, passes: Passes, rank: int = 0) -> Parts:
     return Parts(
         linear=in_attention * dense(network.attention) + in_mlp * dense(network.mlp),
         adapters=in_attention * low_rank(network.attention, rank) + in_mlp * low_rank(network.mlp, rank),
-        scores=in_attention * 4 * passes.width * network.heads * network.head_dim,
+        scores=network.layers * 4 * passes.attended * network.heads * network.head_dim,
         head=passes.positions * 2 * network.hidden_size * network.vocab_size,
     )
 

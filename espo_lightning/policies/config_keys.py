@@ -25,7 +25,10 @@ HARMLESS = {  # why -> keys that change no number here
     "what a forward pass returns and caches is asked for in every call": (
         "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_cache",
     ),
-    "the same numbers, computed otherwise": ("chunk_size_feed_forward", "pretraining_tp"),
+    "the same numbers, computed otherwise": (
+        "chunk_size_feed_forward", "debug", "ep_size", "fuse_cross_entropy", "micro_forward", "pretraining_tp",
+        "skip_checkpoint",
+    ),
     "of classifiers and encoders": ("id2label", "label2id", "num_labels", "problem_type", "is_decoder"),
     "of generate of transformers; decoding is set here": (
         "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
@@ -58,6 +61,7 @@ FIXED = {  # of Llama and Qwen: implemented at this value only
 }
 DROPPED = ("output_attentions", "output_hidden_states", "return_dict", "torchscript")  # else transformers obeys them
 OWN = ("is_causal", "logits_shift", "mask_token_id")  # this library's
+BLOCK = ("block_size", "block_origin")  # of block-causal attention
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 

@@ -5,15 +5,18 @@ What a checkpoint is, is read from its config.json (see `formats`) and its token
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from espo_lightning.policies.agreement import mask_token
 from espo_lightning.policies.files import read_json, read_tensors, resolve
-from espo_lightning.policies.formats import FORMATS, llada_names, make_config
-from espo_lightning.policies.from_causal import make_denoising
+from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_of, llada_names, make_config
+from espo_lightning.policies.from_causal import make_denoising, set_blocks
+from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.lora import LoRA, add_adapter, load_adapter
+from espo_lightning.policies.masked_lm import MASKED_LMS, load_masked_lm
 from espo_lightning.policies.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -28,6 +31,8 @@ def load_policy(
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
     denoise: bool = False,
+    block: int | None = None,
+    origin: Literal["global", "response"] = "global",
 ) -> Policy:
     """Load a policy. Memory peaks at one copy of the weights and one tensor.
 
@@ -35,8 +40,8 @@ def load_policy(
     transformers checkpoints. The mode changes nothing else: there is no dropout in either.
 
     Args:
-        path: a local folder, a hub id or ``bundled:NAME``, in one of the formats of `formats`, or a peft LoRA adapter
-            for one of them.
+        path: a local folder, a hub id or ``bundled:NAME``, in one of the formats of `formats`, a masked LM of
+            `masked_lm` (BERT, RoBERTa, ModernBERT, ...), or a peft LoRA adapter for one of them.
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored). New adapters are float32.
         attention: transformers' kernel: sdpa, eager, flash_attention_2, ... Of bfloat16 weights on a CPU, eager trains
             1.4 times faster: sdpa's backward pass is slow there (benchmarks/NOTES.md).
@@ -45,6 +50,9 @@ def load_policy(
         trust_remote_code: run the checkpoint's own code where its model_type is unknown. It must be laid out like Llama
             (``.model``, ``.lm_head``) and attend in both directions; its shift is ``logits_shift``, else 0.
         denoise: turn a causal checkpoint into a diffusion policy, for `sft` to train, see `make_denoising`.
+        block: give a policy with full attention, or with ``denoise`` a causal one, block-causal attention with blocks
+            of so many tokens, for `sft` to train; or say what the config does not (SDAR, Tiny-A2D's bd3lm).
+        origin: where these blocks are counted from, see `Layout`.
 
     Raises:
         FileNotFoundError: no such folder, config or shard.
@@ -58,6 +66,11 @@ def load_policy(
             "denoise: true changes the base, which an adapter does not store: save the denoising policy of the causal "
             "base as a folder of its own (sft does), and put adapters on that"
         )
+    if block is not None and (lora is not None or (folder / "adapter_config.json").is_file()):
+        raise ValueError(
+            "an adapter does not store block: set block_size (and block_origin) in config.json of its base, or put "
+            "adapters on what sft saved"
+        )
     if (folder / "adapter_config.json").is_file():
         if lora is not None:
             raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
@@ -66,17 +79,18 @@ def load_policy(
         _take_text(policy, folder, trust_remote_code)
         policy.model = load_adapter(policy.model, folder, base)
     else:
-        raw = read_json(folder, "config.json")
-        tokenizer = _load_tokenizer(folder, trust_remote_code)
-        load = _load_remote if trust_remote_code and raw.get("model_type") not in FORMATS else _load_known
-        model = load(folder, raw, DTYPES[dtype], attention)
-        local = folder == Path(path).expanduser()
-        model.config._name_or_path = model.name_or_path = str(folder.resolve() if local else path)  # peft notes it
-        if denoise:
-            make_denoising(model, tokenizer)
-        policy = _make_policy(model, tokenizer, folder)
+        raw, local = read_json(folder, "config.json"), folder == Path(path).expanduser()
+        name = str(folder.resolve() if local else path)
+        if raw.get("model_type") in MASKED_LMS:
+            if denoise or block is not None:
+                raise ValueError(f"a masked LM ({raw['model_type']}) denoises, in one block: drop denoise and block")
+            policy = load_masked_lm(folder, DTYPES[dtype], attention)
+        else:
+            layout = None if block is None else Layout(block, origin)
+            policy = _load_language_model(folder, raw, DTYPES[dtype], attention, trust_remote_code, denoise, layout)
+        policy.config._name_or_path = policy.model.name_or_path = name  # peft notes it
         if lora is not None:
-            policy.model = add_adapter(model, lora)
+            policy.model = add_adapter(policy.model, lora)
     if gradient_checkpointing:
         _checkpoint_layers(policy)
     return policy.train(gradient_checkpointing)
@@ -94,6 +108,27 @@ def attends_forward(policy: Policy) -> bool:
 # ---- references -----------------------------------------------------------------------------------------------------
 
 
+def _load_language_model(
+    folder: Path,
+    raw: dict,
+    dtype: torch.dtype | None,
+    attention: str,
+    trust_remote_code: bool,
+    denoise: bool,
+    layout: Layout | None,
+) -> Policy:
+    """A policy of transformers' causal classes, turned into what `load_policy` was asked for."""
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    known = raw.get("model_type") in (*FORMATS, *UNSUPPORTED)
+    load = _load_remote if trust_remote_code and not known else _load_known
+    model = load(folder, raw, dtype, attention)
+    if denoise:
+        make_denoising(model, tokenizer, shift=int(layout is None))
+    if layout is not None:
+        set_blocks(model.config, layout)
+    return _make_policy(model, tokenizer, folder)
+
+
 def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
     """A policy of a model and a tokenizer, once they fit together."""
     config, rows = model.config, model.get_input_embeddings().num_embeddings
@@ -101,7 +136,8 @@ def _make_policy(model: nn.Module, tokenizer, folder: Path) -> Policy:
     mask_id = mask_token(config, tokenizer, rows, folder, causal=causal)
     if not causal:
         config.mask_token_id = mask_id
-    return Policy(model, tokenizer, mask_id=mask_id, shift=1 if causal else config.logits_shift, causal=causal)
+    shift = 1 if causal else config.logits_shift
+    return Policy(model, tokenizer, mask_id=mask_id, shift=shift, causal=causal, layout=layout_of(config))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def add_adapter(model: nn.Module, lora: LoRA) -> nn.Module:
             lora_alpha=lora.alpha,
             target_modules=list(lora.target_modules),
             lora_dropout=0.0,
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         ),
     )
     generator = torch.Generator().manual_seed(lora.seed)

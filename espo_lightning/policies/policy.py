@@ -4,12 +4,11 @@ LLaDA is Llama without the causal mask; Dream is Qwen2 without it, and hidden st
 What a checkpoint is, is read from its config and tokenizer, never from its name.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +18,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from espo_lightning.policies.config_keys import positions
+from espo_lightning.policies.layout import CAUSAL, FULL, Layout
 from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
+from espo_lightning.policies.prompts import Prompts
 from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
 from espo_lightning.ranges import check_counts
-
-
-class Prompts(NamedTuple):
-    """Left-padded prompts of one width. ids: int64 [B, P]. mask: bool [B, P], True = real; None = no padding."""
-
-    ids: Tensor
-    mask: Tensor | None
-
-    def attention(self, length: int) -> Tensor | None:
-        """Key mask of prompt and canvas, bool [B, P + length], or None where nothing is padded."""
-        return None if self.mask is None else F.pad(self.mask, (0, length), value=True)
-
-    def of(self, rows: slice | Tensor) -> "Prompts":
-        """Some of the rows."""
-        return Prompts(self.ids[rows], None if self.mask is None else self.mask[rows])
-
-    def repeat_each(self, n: int) -> "Prompts":
-        """Every row ``n`` times in a row: [B, P] -> [B n, P]."""
-        return Prompts(
-            self.ids.repeat_interleave(n, 0), None if self.mask is None else self.mask.repeat_interleave(n, 0)
-        )
-
 
 CARD = (
     "LoRA adapters of the base model named above, trained with espo_lightning. `espo_lightning.load_policy` opens this "
@@ -60,11 +39,14 @@ class Policy(nn.Module):
         mask_id: the mask token; None for causal models.
         shift: 1 if hidden state i-1 predicts token i (Dream, causal LMs), 0 if hidden state i does (LLaDA).
         causal: whether attention looks backwards only.
+        layout: who attends to whom, if not `FULL` or, for causal models, `CAUSAL`.
         whole_last_layer: run the last layer's MLP everywhere, not only where a token is predicted (`selective_layer`).
 
     Raises:
-        ValueError: another shift, or a negative mask_id.
+        ValueError: another shift, a negative mask_id, or blocks with a shift or where attention cannot be told of them.
     """
+
+    sharded = False  # by a strategy
 
     def __init__(
         self,
@@ -74,6 +56,7 @@ class Policy(nn.Module):
         mask_id: int | None,
         shift: int = 0,
         causal: bool = False,
+        layout: Layout | None = None,
         whole_last_layer: bool = False,
     ):
         super().__init__()
@@ -82,12 +65,32 @@ class Policy(nn.Module):
             raise ValueError(f"shift must be 0 (hidden state i predicts token i) or 1 (state i-1 does), got {shift}")
         self.model, self.tokenizer = model, tokenizer
         self.mask_id, self.shift, self.causal = mask_id, shift, causal
+        self.layout = layout or (CAUSAL if causal else FULL)
+        self._check_layout()
         self.told_unknown = False
-        last = getattr(getattr(self.language_model, "model", None), "layers", [None])[-1]
+        last = self.layers[-1] if len(self.layers) else None
         known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
         self.selective = known and not whole_last_layer
         if self.selective:
             last.forward = MethodType(selective_layer, last)
+
+    def _check_layout(self) -> None:
+        if self.causal != self.layout.causal:
+            raise ValueError(f"a policy with causal={self.causal} cannot have {self.layout}")
+        if self.layout.block is None:
+            return
+        if self.shift:
+            raise ValueError(
+                f"{self.layout} needs logits_shift 0: with a shift, the first token of a block is predicted by the "
+                "last state of the block before, which never sees the block"
+            )
+        if self.attention_kernel not in ("sdpa", "eager"):
+            raise ValueError(f"{self.layout} needs attention sdpa or eager, got {self.attention_kernel}")
+
+    @property
+    def attention_kernel(self) -> str:
+        """Transformers' name of how attention is computed: sdpa, eager, flash_attention_2, ..."""
+        return self.config._attn_implementation
 
     @property
     def config(self):
@@ -95,8 +98,8 @@ class Policy(nn.Module):
 
     @property
     def positions(self) -> float:
-        """How many tokens prompt and completion may have together."""
-        return positions(self.config)
+        """How many tokens prompt and completion may have together; inf where the model does not say."""
+        return positions(getattr(self.model, "config", None))
 
     def check_canvas(self, length: int) -> None:
         """Raise a ValueError if a canvas of ``length`` tokens leaves no room for a prompt."""
@@ -104,6 +107,14 @@ class Policy(nn.Module):
             raise ValueError(
                 f"a canvas of length {length} leaves no room for a prompt: config.json of the policy says "
                 f"max_position_embeddings={self.positions}; lower the length"
+            )
+
+    def check_tokens(self, count: int) -> None:
+        """Raise a ValueError if prompt and completion have more than `positions` tokens."""
+        if count > self.positions:
+            raise ValueError(
+                f"prompt and completion have {count} tokens together, and config.json says "
+                f"max_position_embeddings={self.positions}: lower max_prompt_length or the length of the canvas"
             )
 
     @property
@@ -116,9 +127,57 @@ class Policy(nn.Module):
         return hasattr(self.model, "disable_adapter")
 
     @property
+    def resumes(self) -> bool:
+        """Whether a pass that is differentiated may go on from the keys and values of another one, see `prefix`.
+
+        Not where layers are recomputed, which then ignore them, or sharded, as a backward pass that enters a layer by
+        its keys only finds no weights there.
+        """
+        return self.selective and not self.sharded and not (self.training and self._recomputes)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        lm = self.language_model
+        if hasattr(type(lm), "is_activation_checkpointing"):
+            return lm.is_activation_checkpointing
+        return getattr(lm, "is_gradient_checkpointing", False)  # its name in older transformers
+
+    @property
     def language_model(self) -> nn.Module:
         """The transformers model, with ``.model`` (the network) and ``.lm_head``; under peft, the one inside."""
         return self.model.get_base_model() if self.has_adapters else self.model
+
+    # ---- the hook of other networks: what stands between token ids and logits ----------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """From token ids to hidden states."""
+        return self.language_model.model
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """From hidden states [n, d] to logits [n, V]."""
+        return self.language_model.lm_head
+
+    @property
+    def layers(self) -> nn.ModuleList | list:
+        """What strategies shard, one by one; an empty list = nothing of the kind."""
+        return getattr(getattr(self.language_model, "model", None), "layers", [])
+
+    def states(self, ids: Tensor, attention: Tensor | None, rows: Tensor, **network: Any) -> Tensor:
+        """Hidden states [n, d] at the rows [n] of the flattened ids [N, T].
+
+        Args:
+            attention: as in `forward`.
+            network: ``use_cache``, and where they are given ``past_key_values`` and ``position_ids``.
+        """
+        network["attention_mask"] = self._bias(attention)
+        if self.selective:
+            return self.network(ids, rows=rows, **network).last_hidden_state
+        return self.network(ids, **network).last_hidden_state.flatten(0, 1)[rows]
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def tokens(self, prompts: list[str | Messages]) -> list[list[int]]:
         """Token ids of chat-templated prompts, each as long as it is. A string is one user turn.
@@ -191,44 +250,49 @@ class Policy(nn.Module):
         reduce: Callable[..., Any],
         *columns: Tensor,
         prefix: "Prefix | None" = None,
+        positions: Tensor | None = None,
     ) -> Any:
         """Run the network and the head on the selected positions only.
 
         Args:
             ids: int64 [N, T].
-            attention: bool [N, T], True = attend to this key; None = to all.
+            attention: bool [N, T], True = attend to this key; None = to all. bool [N, T, T], row i = whom position i
+                attends to, which a block-causal policy always needs; see `Prompts.seen_by`. With a prefix, the rows
+                of what it knows may be left out.
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
                 first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
             prefix: what `Policy.prefix` made: what it knows of ``ids`` is not computed again.
+            positions: int64 [N, T], the places of the tokens; None = 0, 1, .. T - 1.
 
         Returns:
             What ``reduce`` returns, for all n positions.
 
         Raises:
-            ValueError: T is more than the positions that the network was made for.
+            ValueError: more positions than the network was made for, or a block-causal policy was not told who attends
+                to whom.
         """
-        lm = self.language_model
-        if ids.shape[1] > self.positions:
-            raise ValueError(
-                f"prompt and completion have {ids.shape[1]} tokens together, and config.json says "
-                f"max_position_embeddings={self.positions}: lower max_prompt_length or the length of the canvas"
-            )
-        network = {"attention_mask": self._bias(attention), "use_cache": prefix is not None}
+        self.check_tokens(ids.shape[1] if positions is None else int(positions.max()) + 1)
+        if self.layout.block is not None and (attention is None or attention.ndim == 2):
+            raise ValueError(f"this policy has {self.layout}: pass attention=prompts.seen_by(policy, length)")
+        network = {"use_cache": prefix is not None}
+        if positions is not None:
+            network["position_ids"] = positions
         if prefix is not None:
             known, network["past_key_values"] = len(prefix), prefix.cache
             ids, select = ids[:, known:], select[:, known:]
+            if positions is not None:
+                network["position_ids"] = positions[:, known:]
+            if attention is not None and attention.ndim == 3:
+                attention = attention[:, -ids.shape[1] :]
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
         rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
         with nullcontext() if prefix is None else prefix.filled(self):
-            if self.selective:
-                hidden = lm.model(ids, rows=rows, **network).last_hidden_state  # [n, d]
-            else:
-                hidden = lm.model(ids, **network).last_hidden_state.flatten(0, 1)[rows]
-        return apply_head(lm.lm_head, hidden, reduce, columns)
+            hidden = self.states(ids, attention, rows, **network)
+        return apply_head(self.head, hidden, reduce, columns)
 
     def prefix(self, start: int | None = None) -> "Prefix":
         """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
@@ -251,20 +315,20 @@ class Policy(nn.Module):
         """
         if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise ValueError(f"compile must be one of {', '.join(known)}, got {backend!r}")
-        self.language_model.model.compile(backend=backend, dynamic=True)
+        self.network.compile(backend=backend, dynamic=True)
 
     def _bias(self, attention: Tensor | None) -> Tensor | None:
-        """The 4D additive mask [N, 1, 1, T], the one form that SDPA and eager attention both read as a full mask.
+        """The 4D additive mask [N, 1, 1 or T, T], the one form that SDPA and eager attention both read as it is.
 
         None means full attention, because ``config.is_causal`` is False. Causal models and other kernels (flash, flex)
         get the plain 2D mask.
         """
-        if attention is None or self.causal or self.config._attn_implementation not in ("sdpa", "eager"):
+        if attention is None or self.causal or self.attention_kernel not in ("sdpa", "eager"):
             return attention
         dtype = self.model.dtype
-        return torch.zeros(attention.shape, dtype=dtype, device=attention.device).masked_fill_(
-            ~attention, torch.finfo(dtype).min
-        )[:, None, None, :]
+        bias = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
+        bias = bias.masked_fill_(~attention, torch.finfo(dtype).min)
+        return bias[:, None] if bias.ndim == 3 else bias[:, None, None, :]
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft.
@@ -282,12 +346,3 @@ class Policy(nn.Module):
             card = Path(folder) / "README.md"  # peft's has a hundred places to fill in below its first lines
             facts = card.read_text().split("---")[1]
             card.write_text(f"---{facts}---\n\n{CARD}")
-
-
-def fingerprint(parameters: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that name some weights: a hash of about 64 entries of each, in their order."""
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        flat = parameter.detach().flatten()
-        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -35,18 +35,29 @@ class Prefix:
 
         In train mode, a checkpointed layer would ignore the cache.
         """
-        training = network.training
-        network.eval()
+        if training := network.training:
+            network.eval()
         try:
             yield
         finally:
-            network.train(training)
-        if self.width is None:
+            if training:
+                network.train()
+        if self.width is None or self.width == len(self):
             return
         if self.width:
             self.cache.crop(self.width - len(self))
         else:  # a cache without positions would still insist on its rows
             self.cache = DynamicCache()
+
+    def of(self, rows: Tensor, stop: int | None = None) -> "Prefix":
+        """Some rows, an index that may repeat them, and positions before ``stop``, as a store of its own.
+
+        Gradients flow through it.
+        """
+        known = Prefix(self.width)
+        for number, layer in enumerate(self.cache.layers):
+            known.cache.update(layer.keys[:, :, :stop][rows], layer.values[:, :, :stop][rows], number)
+        return known
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, an index."""
@@ -67,7 +78,17 @@ def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
+def symbols_of(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+    """How many logits a head makes of one of the hidden states [n, d]; one that is no linear layer is asked."""
+    if isinstance(head, nn.Linear):
+        return head.weight.shape[0]
+    with torch.no_grad():
+        return head(hidden.new_zeros(1, hidden.shape[-1])).shape[-1]
+
+
+def apply_head(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, reduce: Callable[..., Any], columns: tuple[Tensor, ...]
+) -> Any:
     """``reduce(head(hidden).float(), *columns)`` in chunks of at most HEAD_BYTES of logits.
 
     With several chunks, the backward pass recomputes each one's logits instead of keeping them.
@@ -80,7 +101,7 @@ def apply_head(head: nn.Module, hidden: Tensor, reduce: Callable[..., Any], colu
     def run(hidden: Tensor, *columns: Tensor) -> Any:
         return reduce(head(hidden).float(), *columns)
 
-    chunk = max(1, HEAD_BYTES // (4 * head.weight.shape[0]))
+    chunk = max(1, HEAD_BYTES // (4 * symbols_of(head, hidden)))
     if len(hidden) <= chunk:
         return run(hidden, *columns)
     pieces = zip(hidden.split(chunk), *(c.split(chunk) for c in columns))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from espo_lightning.policies.policy import Policy
+from espo_lightning.policies.prefix import Prefix
 
 
 class FrozenReference(nn.Module):
@@ -19,13 +20,20 @@ class FrozenReference(nn.Module):
     def __init__(self, policy: Policy, stored: bool = False):
         super().__init__()
         self.stored = stored
-        facts = {"mask_id": policy.mask_id, "shift": policy.shift, "causal": policy.causal}
-        self.policy = Policy(deepcopy(policy.model), policy.tokenizer, **facts).requires_grad_(False).eval()
-        self.mask_id, self.lengths = policy.mask_id, self.policy.lengths
+        shared = {id(policy.tokenizer): policy.tokenizer}
+        self.policy = deepcopy(policy, shared).requires_grad_(False).eval()  # of the policy's own class
+        self.mask_id, self.lengths, self.layout = policy.mask_id, self.policy.lengths, policy.layout
 
     @torch.no_grad()
-    def forward(self, *args: Any) -> Any:
-        return self.policy(*args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.policy(*args, **kwargs)
+
+    @property
+    def resumes(self) -> bool:
+        return self.policy.selective  # nothing is differentiated
+
+    def prefix(self, start: int | None = None) -> Prefix:
+        return self.policy.prefix(start)
 
     def train(self, mode: bool = True) -> "FrozenReference":
         """Stays in eval mode, whatever its parent does."""
@@ -45,11 +53,12 @@ class AdapterOff:
 
     def __init__(self, policy: Policy):
         self.policy, self.mask_id, self.lengths = policy, policy.mask_id, policy.lengths
+        self.layout, self.prefix, self.resumes = policy.layout, policy.prefix, policy.selective
 
     @torch.no_grad()
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.policy.model.disable_adapter():
-            return self.policy(*args)
+            return self.policy(*args, **kwargs)
 
 
 def make_reference(policy: Policy, *, stored: bool = False) -> FrozenReference | AdapterOff:

@@ -1,10 +1,14 @@
 """Small policies from scratch: LLaDA's architecture, or a causal Llama, with a character tokenizer."""
 
+from typing import Literal
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from espo_lightning.policies.formats import layout_keys
+from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.policy import Policy
 from espo_lightning.ranges import check_counts
 
@@ -43,6 +47,8 @@ def new_policy(
     seed: int = 0,
     causal: bool = False,
     whole_last_layer: bool = False,
+    block: int | None = None,
+    origin: Literal["global", "response"] = "global",
 ) -> Policy:
     """A small masked diffusion LM of LLaDA's architecture with random weights and `character_tokenizer`.
 
@@ -54,6 +60,7 @@ def new_policy(
         seed: of the weights; no global generator is touched.
         causal: an autoregressive Llama of the same size and weights instead, for controlled comparisons.
         whole_last_layer: no `selective_layer`: slower, and sums are taken in another order. bundled:sudoku was made so.
+        block, origin: block-causal attention instead of full, see `Layout`.
 
     Raises:
         ValueError: a number out of range, or a width that the heads cannot share.
@@ -66,6 +73,7 @@ def new_policy(
             f"and {heads} heads"
         )
     tokenizer = character_tokenizer()
+    layout = Layout(block, origin, causal)
     masked = {"is_causal": False, "mask_token_id": tokenizer.mask_token_id, "logits_shift": 0}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -77,7 +85,7 @@ def new_policy(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        **({} if causal else masked),
+        **({} if causal else masked | layout_keys(layout)),
     )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator; leave it as it was
         model = LlamaForCausalLM(config)
@@ -87,4 +95,4 @@ def new_policy(
             if parameter.ndim > 1:
                 parameter.normal_(0, config.initializer_range, generator=generator)
     facts = {"mask_id": None, "shift": 1} if causal else {"mask_id": tokenizer.mask_token_id}
-    return Policy(model, tokenizer, causal=causal, whole_last_layer=whole_last_layer, **facts)
+    return Policy(model, tokenizer, causal=causal, layout=layout, whole_last_layer=whole_last_layer, **facts)

@@ -34,6 +34,7 @@ class Seen(NamedTuple):
     keys: int64 [B], the same for all updates of a rollout. update, updates: number of this update, and of all.
     trace: how they were decoded, for the laws that ask (``traced``), and None for others. passes: the most steps that
     their decoder takes, so that all processes have equally many views; None = as many as the trace has.
+    blocks: int64 [B, L], the block of every position in the policy's layout, counted from the first's; None = not said.
     """
 
     valid: Tensor
@@ -43,6 +44,7 @@ class Seen(NamedTuple):
     updates: int = 1
     trace: Trace | None = None
     passes: int | None = None
+    blocks: Tensor | None = None
 
     @classmethod
     def whole(cls, keys: Tensor, length: int) -> "Seen":
@@ -65,12 +67,16 @@ class Seen(NamedTuple):
         position = torch.arange(completion.shape[1], device=completion.device)
         valid = position <= policy.lengths(completion).unsqueeze(-1)  # with the end-of-text token, if there is one
         real = torch.ones_like(prompts.ids, dtype=torch.bool) if prompts.mask is None else prompts.mask
-        return cls(valid, real, keys, 0, updates, trace, passes)
+        layout = getattr(policy, "layout", None)
+        blocks = None if layout is None else layout.blocks(prompts, completion.shape[1])
+        return cls(valid, real, keys, 0, updates, trace, passes, blocks)
 
     def of_rows(self, rows: Tensor) -> "Seen":
         """The same of some completions."""
         trace = None if self.trace is None else self.trace.of_rows(rows)
-        return self._replace(valid=self.valid[rows], prompt=self.prompt[rows], keys=self.keys[rows], trace=trace)
+        blocks = None if self.blocks is None else self.blocks[rows]
+        parts = {"valid": self.valid[rows], "prompt": self.prompt[rows], "keys": self.keys[rows]}
+        return self._replace(**parts, trace=trace, blocks=blocks)
 
 
 class Likelihood(ABC):
@@ -80,12 +86,14 @@ class Likelihood(ABC):
     random: whether masks differ from update to update; if not, new masks for every update would all be the same.
     traced: whether the masks depend on the trace of the decoder, which then must be noted.
     exact: whether the score is, without noise, the log-likelihood of a completion given the order it was decoded in.
+    in_blocks: whether it scores block-causal policies, block by block.
     """
 
     independent_draws: int = 1
     random: bool = True
     traced: bool = False
     exact: bool = False
+    in_blocks: bool = False
 
     def check(self, policy, length: int, updates: int = 1) -> None:
         """Raise a ValueError if the policy cannot be scored this way.
@@ -99,6 +107,12 @@ class Likelihood(ABC):
                 f"the policy is a causal model, which cannot denoise, and {type(self).__name__} scores denoising: use "
                 "likelihood=Autoregressive (with decoding=AutoregressiveDecoding), or make it a diffusion policy by "
                 "sft (load_policy with denoise: true)"
+            )
+        layout = getattr(policy, "layout", None)
+        if layout is not None and layout.splits(length) and not self.in_blocks:
+            raise ValueError(
+                f"the policy has {layout}, and {type(self).__name__} hides positions of all blocks at once, a state "
+                f"that such a policy never decodes from: use likelihood=BlockELBO with block {layout.block}"
             )
 
     def check_decoding(self, decoding: Decoder, updates: int = 1) -> None:  # noqa: B027
@@ -165,9 +179,11 @@ class ELBO(Likelihood):
         return 1 if self.stratified else self.draws
 
     def draw(self, keys: Tensor, length: int) -> Masks:
-        masks = count_masks(
-            keys, length, self.draws, coupled=self.coupled, stratified=self.stratified, smallest=self.smallest_count
-        )
+        law = {"coupled": self.coupled, "stratified": self.stratified, "smallest": self.smallest_count}
+        return self.counted(count_masks(keys, length, self.draws, **law))
+
+    def counted(self, masks: Masks) -> Masks:
+        """The masks with the weights that this says."""
         if self.weighted:
             return masks
         return masks._replace(weight=(masks.weight != 0) * (0.5 if self.coupled else 1.0))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espo_lightning.keys import fold_in, randint, random_bits, random_subset, uniform
+from espo_lightning.keys import fold_in, randint, randints, random_bits, random_subset, uniform
 
 
 class Masks(NamedTuple):
@@ -34,6 +34,18 @@ class Masks(NamedTuple):
         """Where every forward pass is read: bool [H, M, B, L]; no position of a draw is read twice."""
         return self.passes & (self.weight != 0)
 
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The N passes to be run: whose they are, int64 [N], what they hide and where they are read, bool [N, L].
+
+        A pass that scores nothing needs no forward, but the first always runs, so that every process makes the same
+        calls.
+        """
+        scored = self.scored
+        used = scored.any(-1).flatten()
+        used[0] = True
+        used = used.nonzero().squeeze(-1)
+        return used, self.passes.flatten(0, 2)[used], scored.flatten(0, 2)[used]
+
     def of(self, rows: slice | Tensor) -> "Masks":
         """The masks of some of the completions."""
         prompt = None if self.prompt is None else self.prompt[:, rows]
@@ -56,7 +68,16 @@ class Masks(NamedTuple):
         ]
 
 
-def count_masks(keys: Tensor, length: int, draws: int, *, coupled: bool, stratified: bool, smallest: int = 0) -> Masks:
+def count_masks(
+    keys: Tensor,
+    length: int,
+    draws: int,
+    *,
+    coupled: bool,
+    stratified: bool,
+    smallest: int = 0,
+    blocks: Tensor | None = None,
+) -> Masks:
     """Masks for the count form of the ELBO (Eq. 3 of arXiv:2512.03759), an unbiased estimate of it.
 
     The number of hidden positions k is uniform on ``smallest``..L, the hidden set uniform given k. With
@@ -73,23 +94,38 @@ def count_masks(keys: Tensor, length: int, draws: int, *, coupled: bool, stratif
         stratified: spread the M counts of one completion evenly over 0..L. Each count is still uniform, but
             the draws are dependent; the variance usually falls, without a guarantee.
         smallest: 0 or 1.
+        blocks: int64 [B, L], the block of every position, ascending from 0: all this within each block, L being its
+            size, and independent of the others; None = one block.
     """
     if smallest not in (0, 1):
         raise ValueError(f"smallest must be 0 (authors' code) or 1 (paper, Eq. 3), got {smallest}")
     if smallest == 1 and coupled:
         raise ValueError("coupled masks need counts uniform on 0..L: set smallest=0, or coupled=False")
-    span = length + 1 - smallest
+    if blocks is None:
+        blocks = torch.zeros(len(keys), length, dtype=torch.int64, device=keys.device)
+    sizes = torch.zeros_like(blocks).scatter_add_(1, blocks, torch.ones_like(blocks))  # of block 0, 1, ..
+    spans = (sizes + 1 - smallest).clamp(min=1)
     draw = torch.arange(draws, device=keys.device).unsqueeze(-1)  # [M, 1]
     if stratified:
-        counts = (randint(fold_in(keys, -1), span) + draw * span // draws) % span + smallest
+        start = randints(fold_in(keys, -1), length, spans)
+        counts = (start + draw.unsqueeze(-1) * spans // draws) % spans + smallest
     else:
-        counts = randint(fold_in(fold_in(keys, -2), draw), span) + smallest
-    hidden = random_subset(fold_in(fold_in(keys, -3), draw), counts, length)  # [M, B, L]
-    k = counts.unsqueeze(-1)
-    weight = torch.where(hidden, span / k.clamp(min=1), 0.0)
+        counts = randints(fold_in(fold_in(keys, -2), draw), length, spans) + smallest
+    blocks = blocks.expand(draws, -1, -1)
+    size, span, k = (x.expand_as(blocks).gather(-1, blocks) for x in (sizes, spans, counts))
+    first = (sizes.cumsum(-1) - sizes).expand_as(blocks).gather(-1, blocks)  # position of each one's block
+    hidden = _ranks(fold_in(fold_in(keys, -3), draw), blocks) - first < k  # [M, B, L]
+    weight = torch.where(hidden, k.clamp(min=1).reciprocal() * span, 0.0)
     if coupled:
-        weight = 0.5 * torch.where(hidden, weight, span / (length - k).clamp(min=1))
+        weight = 0.5 * torch.where(hidden, weight, (size - k).clamp(min=1).reciprocal() * span)
     return Masks(hidden, weight.float(), coupled)
+
+
+def _ranks(keys: Tensor, blocks: Tensor) -> Tensor:
+    """Places of the positions in a random order that keeps the blocks [M, B, L] in theirs: keys [M, B] -> [M, B, L]."""
+    order = random_bits(keys, blocks.shape[-1]).argsort(-1)
+    by_block = blocks.gather(-1, order).argsort(dim=-1, stable=True)
+    return order.gather(-1, by_block).argsort(-1)
 
 
 def bernoulli_masks(keys: Tensor, length: int, draws: int, *, low: float = 0.0, high: float = 1.0) -> Masks:

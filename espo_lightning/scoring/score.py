@@ -46,21 +46,24 @@ def log_probs(policy, prompts, completion: Tensor, masks: Masks, reduce: Reduce 
     """
     if not torch.is_grad_enabled() and len(masks.weight) > DRAWS:
         return torch.cat([log_probs(policy, prompts, completion, part, reduce) for part in masks.split(DRAWS)])
-    scored = masks.scored  # [H, M, B, L]
-    used = scored.any(-1).flatten()  # a pass that scores nothing needs no forward,
-    used[0] = True  # but one row always runs, so that every process makes the same calls
-    used = used.nonzero().squeeze(-1)
+    used, hidden, wanted = masks.rows()
     batch = len(completion)
-    owner, hidden, wanted = used % batch, masks.passes.flatten(0, 2)[used], scored.flatten(0, 2)[used]
+    owner = used % batch
     prompt = prompts.ids[owner]
     if masks.prompt is not None:
         noise = masks.prompt.flatten(0, 1)[used % (len(masks.prompt) * batch)]
         prompt = prompt.masked_fill(noise, policy.mask_id)
     ids = torch.cat([prompt, completion[owner].masked_fill(hidden, policy.mask_id)], 1)
-    attention = prompts.attention(completion.shape[1])
+    attention = prompts.seen_by(policy, completion.shape[1])
     select = F.pad(wanted, (prompts.ids.shape[1], 0))
     targets = completion[owner][wanted]
     values = policy(ids, None if attention is None else attention[owner], select, reduce, targets)
+    return spread(values, masks)
+
+
+def spread(values: Tensor, masks: Masks) -> Tensor:
+    """Log-probabilities of all scored positions, in the order of `Masks.rows`, where they belong: [M, B, L]."""
+    scored = masks.scored
     return values.new_zeros(scored.shape).masked_scatter(scored, values).sum(0)
 
 

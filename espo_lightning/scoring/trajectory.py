@@ -59,6 +59,7 @@ class TraceLikelihood(SeenLikelihood):
     """Scores along the trace, under the law of the sampler: without the mask token, at its temperature."""
 
     traced = True
+    in_blocks = True  # later blocks are hidden, and finished ones shown, in every state of the trace
     temperature: float
 
     def check_decoding(self, decoding: Decoder, updates: int = 1) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from espo_lightning.policies.policy import fingerprint
+from espo_lightning.policies.fingerprint import fingerprint
 from espo_lightning.training.run_folder import amount, write_text
 
 

@@ -137,7 +137,7 @@ def check(strategy: Strategy, policy: nn.Module) -> None:
                 f"trainer.strategy=fsdp needs weights of one type, got {sorted(map(str, types))}: use fsdp2, or "
                 "--model.policy.dtype=float32 under adapters"
             )
-        if getattr(policy.language_model.model, "_compiled_call_impl", None):
+        if getattr(policy.network, "_compiled_call_impl", None):
             raise ValueError("trainer.strategy=fsdp cannot shard compiled layers: use fsdp2, or model.compile=null")
         if strategy.world_size == 1 and policy.has_adapters:  # it loses sight of a frozen embedding, and cannot save
             raise ValueError("trainer.strategy=fsdp cannot train adapters on one process: use fsdp2, or auto")
@@ -183,8 +183,10 @@ def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = Fals
     """
     if isinstance(policy, (FullyShardedDataParallel, FSDPModule)):
         return policy
-    layers = {type(layer) for layer in policy.language_model.model.layers}
+    layers = {type(layer) for layer in policy.layers}
     mixed = torch.bfloat16 if getattr(strategy.precision_plugin, "precision", None) == "bf16-mixed" else None
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        policy.sharded = True
     if isinstance(strategy, FSDPStrategy):
         precision = MixedPrecision(mixed, torch.float32, cast_root_forward_inputs=False) if mixed else None
         settings = {"auto_wrap_policy": ModuleWrapPolicy(layers), **strategy.kwargs}
@@ -199,7 +201,7 @@ def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = Fals
     if isinstance(strategy, ModelParallelStrategy):
         precision = MixedPrecisionPolicy(mixed, torch.float32 if mixed else None, cast_forward_inputs=False)
         settings = {"mesh": strategy.device_mesh["data_parallel"], "mp_policy": precision}
-        for layer in policy.language_model.model.layers:
+        for layer in policy.layers:
             fully_shard(layer, **settings)
         trained = any(p.requires_grad for p in policy.parameters())  # the root then waits for its backward pass
         return fully_shard(policy, reshard_after_forward=not trained, **settings)
@@ -209,7 +211,7 @@ def shard(policy: nn.Module, strategy: Strategy, *, gather_rollouts: bool = Fals
 @contextmanager
 def gathered(policy: nn.Module) -> Iterator[None]:
     """Under FSDP2, layers stay whole after their first forward pass in here. FSDP1 decides that in `shard`."""
-    layers = policy.language_model.model.layers if isinstance(policy, FSDPModule) else ()
+    layers = policy.layers if isinstance(policy, FSDPModule) else ()
     for layer in layers:
         layer.set_reshard_after_forward(False)
     try:
