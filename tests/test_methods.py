@@ -233,7 +233,7 @@ def test_every_preset_says_where_it_comes_from_and_what_it_departs_from(name):
     assert "https://github.com/" in head
     for mark in ("arXiv:", "Official (", "Departs:"):
         assert mark in head, mark
-    assert len(path.read_text().partition("\nmodel:")[2].splitlines()) <= 15
+    assert len(path.read_text().partition("\nmodel:")[2].strip().splitlines()) <= 15
 
 
 def test_a_preset_takes_changes_as_flags():

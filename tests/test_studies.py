@@ -7,7 +7,17 @@ import torch
 from conftest import parameters
 from torch.nn.utils import parameters_to_vector
 
-from espo_lightning import ELBO, Decoding, MeanField, QuadratureELBO, Sudoku, load_policy, score, sequence_ratio
+from espo_lightning import (
+    ELBO,
+    Decoding,
+    MeanField,
+    PolicyGradient,
+    QuadratureELBO,
+    Sudoku,
+    load_policy,
+    score,
+    sequence_ratio,
+)
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.exact import (
     all_symbols,
@@ -282,7 +292,8 @@ def test_snapshots_and_divergence(policy):
     def nonsense(delta):
         return delta.mean(0) * math.nan
 
-    hopeless = new_module(load_policy(SUDOKU), 0, group_size=2, updates=12, kl=nonsense, beta=1.0)
+    objective = PolicyGradient(kl=nonsense, beta=1.0)
+    hopeless = new_module(load_policy(SUDOKU), 0, group_size=2, updates=12, objective=objective)
     with pytest.warns(UserWarning, match="NaN or infinite"), pytest.raises(Diverged, match="after 0 rollouts"):
         train(hopeless, TASK, 0, 1, batch=2)
 
@@ -291,8 +302,9 @@ def test_an_arm_is_its_module():
     module = Arm(ratio="token", likelihood="mean field", kl="k3", beta=0.1, updates=5, clip_range=0.2, steps=8).module(
         7
     )
-    assert (module.ratio.__name__, module.kl.__name__, module.likelihood) == ("token_ratio", "k3", MeanField())
-    assert (module.beta, module.updates, module.clip_range, module.decoding.steps) == (0.1, 5, 0.2, 8)
+    objective = module.objective
+    assert (objective.ratio.__name__, objective.kl.__name__, module.likelihood) == ("token_ratio", "k3", MeanField())
+    assert (objective.beta, module.updates, objective.clip_range, module.decoding.steps) == (0.1, 5, 0.2, 8)
     assert (module.seed, module.fresh_masks) == (7, False)  # nothing is random in a mean field
     assert Arm(draws=2, coupled=False).module(0).likelihood == ELBO(draws=2, coupled=False)
     assert Arm(fresh_masks=False).module(0).fresh_masks is False
@@ -405,7 +417,7 @@ def test_a_jump_starts_every_reward_from_the_same_base():
 
 
 def test_arms_start_from_the_same_rare_base():
-    arms = {"token": {"ratio": "token"}, "sequence": {}, "huge": {"lr": 1e30, "updates": 12}}
+    arms = {"token": {"ratio": "token"}, "sequence": {}, "huge": {"beta": 1e30, "updates": 12}}
     settings = {"lessons": 1, "rollouts": 3, "every": 2, "puzzles": 1, "problems": 4}
     with pytest.warns(UserWarning, match="NaN or infinite"):
         result = rare_mode(0, arms=arms, right=0.05, **settings)["arms"]

@@ -169,7 +169,8 @@ QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 
 def whole_canvas(rollout: Rollout, policy: Policy, view: int, scatter: int) -> dict:
     """Log-ratios of all completions of a rollout on the whole canvas, and the scatter of their gradients."""
-    masks, old = rollout.masks[view], rollout.old[view]
+    masks = rollout.masks[view]
+    old = rollout.old[view] * masks.weight  # terms, as `score` returns them
     with torch.no_grad():
         change = score(policy, rollout.prompts, rollout.completion, masks) - old
     token, sequence = change.mean(0).flatten(), change.mean((0, 2))
