@@ -42,7 +42,7 @@ def two(folder, one) -> dict:
 
 @installed
 @pytest.mark.parametrize("strategy", ZERO)
-@pytest.mark.parametrize("name", sorted(RUNS.keys() - METHODS.keys() - ROUNDED))
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - {*METHODS, *ROUNDED}))
 def test_two_processes_do_what_one_does(one, two, strategy, name):
     """Completions, rewards, metrics (so advantages, ELBOs, losses and the global gradient norm), weights.
 
