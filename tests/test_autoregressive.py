@@ -382,6 +382,7 @@ def test_ratio_is_exactly_one_at_the_first_update_and_moves_afterwards(settings)
     assert len(passes) == bool(settings["beta"])  # so no old pass, and one of the reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [GRPO, GSPO])
 def test_grpo_and_gspo_learn_a_task_that_any_correct_gradient_solves(settings):
     record = train(causal_module(**settings, group_size=8, optimizer=partial(torch.optim.Adam, lr=1e-2)), 60)

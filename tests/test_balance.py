@@ -259,6 +259,7 @@ def test_training_ends_at_the_target_of_a_consistent_reference(name):
     assert total_variation(completion_law(policy, name), pi_star) < 0.01
 
 
+@pytest.mark.slow
 def test_training_does_not_on_an_inconsistent_reference_in_random_order():
     """It ends where KL(paths) - E r / kappa is least, which is not pi*."""
     reference = policy_of(RTB["inconsistent"]["table_ref"])

@@ -105,6 +105,7 @@ def test_the_variants_for_one_gpu_run(names, local, tmp_path, monkeypatch):
     assert run(names, local, tmp_path, monkeypatch)["rollouts"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_with_the_settings_of_the_paper(method, local, tmp_path, monkeypatch):
     """The method's file comes last, and what it does not name stays as the others have it."""

@@ -285,6 +285,7 @@ def test_over_arms_keeps_every_arm_and_seed(tmp_path, monkeypatch):
     assert over_seeds(study, [2], arms="a setting of the study", **settings)[0]["value"] == 4
 
 
+@pytest.mark.slow
 def test_over_seeds_in_processes_of_one_thread(tmp_path):
     rows = over_seeds(threads, [3, 1], processes=2, cache=tmp_path)
     assert [row["seed"] for row in rows] == [3, 1]
@@ -307,6 +308,7 @@ def slow(seed: int) -> dict:
     return study(seed, log=os.devnull)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_kernel(tmp_path):
     (tmp_path / "endless.py").write_text(
         "import os, pathlib, time\n"

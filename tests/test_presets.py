@@ -61,6 +61,7 @@ def train(batches: int = 2, task=None, **settings) -> tuple[torch.Tensor, Metric
     return parameters(module), metrics
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize(
     "change", [{"micro_batch": 4}, {"view_by_view": True}, {"micro_batch": 4, "view_by_view": True}], ids=str
@@ -178,6 +179,7 @@ NEW_ARGUMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "where", "argument"), ARGUMENTS)
 def test_every_argument_has_an_effect(name, where, argument):
     settings = METHODS[name]
@@ -188,6 +190,7 @@ def test_every_argument_has_an_effect(name, where, argument):
     assert not torch.equal(train(3, **settings | same)[0], train(3, **changed | same)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "where", "argument"), NEW_ARGUMENTS)
 def test_every_argument_of_the_methods_on_traces_has_an_effect(name, where, argument):
     settings, same = METHODS[name], {"max_grad_norm": None, "optimizer": partial(torch.optim.SGD, lr=1.0)}
@@ -302,6 +305,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("task", ["sudoku", "countdown"])
 def test_every_preset_runs_on_the_bundled_policies(name, task, tmp_path, monkeypatch):

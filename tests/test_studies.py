@@ -209,6 +209,7 @@ def test_value_moments():
     assert moments["q999"] == 30
 
 
+@pytest.mark.slow
 def test_ratios_agree_before_the_first_update_and_part_after_it(policy, state):
     torch.set_num_threads(1)
     module = new_module(load_policy(SUDOKU), 0, Recorded, updates=3, group_size=8)
@@ -314,6 +315,7 @@ def test_an_arm_is_its_module():
         Arm(likelihood="elbo")
 
 
+@pytest.mark.slow
 def test_costs_of_a_step():
     arms = {"default": {"beta": 0.003, "updates": 1, "steps": 2}, "once": {"fresh_masks": False, "steps": 1}}
     for name, costs in step_costs(0, arms=arms, repeats=1)["arms"].items():
@@ -328,6 +330,7 @@ def test_costs_of_a_step():
     assert equal_rollouts({"updates": 1000}, {}, 2) == 1
 
 
+@pytest.mark.slow
 def test_costs_of_the_paper():
     """Its 608, 704 and 896 N D; and exact counts, which are lower: the head and the last MLP run where they must."""
     rows = paper_costs([1, 4], updates=8, steps=256, length=256, prompt_length=100)
@@ -405,6 +408,7 @@ def test_lessons_make_the_right_answer_rarer(policy):
     assert probe(rarer, problems)["log_odds"] < probe(policy, problems)["log_odds"] - 0.5
 
 
+@pytest.mark.slow
 def test_a_jump_starts_every_reward_from_the_same_base():
     settings = {"lessons": 1, "rollouts": 1, "every": 1, "puzzles": 1, "problems": 4, "levels": [2, 8], "per_level": 1}
     result = jump(0, right=0.05, rewards=["cell", "curriculum"], **settings)
@@ -416,6 +420,7 @@ def test_a_jump_starts_every_reward_from_the_same_base():
     assert curriculum["exact"] == curriculum["reward"]  # all or nothing
 
 
+@pytest.mark.slow
 def test_arms_start_from_the_same_rare_base():
     arms = {"token": {"ratio": "token"}, "sequence": {}, "huge": {"beta": 1e30, "updates": 12}}
     settings = {"lessons": 1, "rollouts": 3, "every": 2, "puzzles": 1, "problems": 4}
