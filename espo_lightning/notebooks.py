@@ -61,6 +61,7 @@ def over_arms(
     *,
     processes: int = 1,
     cache: str | Path | None = "../runs/notebooks",
+    any_source: bool = False,
     **settings: Any,
 ) -> dict[str, list[dict]]:
     """``study(seed, **settings, **arm)`` of every arm and seed, in processes of their own with one thread each.
@@ -74,11 +75,13 @@ def over_arms(
         arms: name -> the settings in which this arm differs.
         processes: how many run at once.
         cache: folder of finished results; None = keep nothing.
+        any_source: kept results count whatever source and versions made them: for a table that grows over versions.
 
     Returns:
         For every arm the dictionaries in the order of ``seeds``, each with "seed" and "seconds" of processor time.
     """
-    seeds, sources = list(seeds), made_of(Path(__file__).parent)
+    seeds = list(seeds)
+    sources = hashlib.sha256() if any_source else made_of(Path(__file__).parent)
 
     def file(arm: dict, seed: int) -> Path | None:
         if cache is None:
