@@ -5,12 +5,15 @@ Without ``--method`` the page is written anew from the stored numbers. With it, 
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from espo_lightning.lab.leaderboard import at_edge, best, beyond
-from espo_lightning.lab.studies.leaderboard import CONTESTS, final_run, pilot_run, step_flops
-from espo_lightning.notebooks import over_arms
+from espo_lightning.lab.leaderboard import at_edge, best, beyond, check, page
+from espo_lightning.lab.methods import method_settings
+from espo_lightning.lab.studies.leaderboard import final_run, on_equal_terms, pilot_run, step_flops
+from espo_lightning.notebooks import over_arms, rounded, versions
+from espo_lightning.training.command_line import run
 
 ESPO = {}  # the defaults of `ESPOModule`, which `experiments/methods/espo.yaml` spells out
 PILOTS, FINALS = 6000, 7000  # the first seeds of pilots and of final runs, which nothing else has
@@ -106,3 +109,77 @@ def enter(
         }
         for name in methods
     }
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def title(path: Path) -> str:
+    """A method's name: what its file says before the first colon of a comment in its first line, or the file's name."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    name, colon, _ = first.removeprefix("#").partition(":")
+    return name.strip() if first.startswith("#") and colon else path.stem
+
+
+def presets(folder: str | Path) -> dict[str, dict]:
+    """The settings of all methods in a folder of YAML files, by their `title`."""
+    return {title(path): method_settings(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def leaderboard(
+    method: str | None = None,
+    results: str = "notebooks/results/09_leaderboard",
+    output: str = "docs/leaderboard.md",
+    processes: int = 2,
+    cache: str = "runs/leaderboard",
+) -> str:
+    """Write the leaderboard's page, after a method was entered or from what is stored.
+
+    Args:
+        method: a YAML file like those in experiments/methods; its row is tuned and run with the parameters of the
+            stored result, and kept in RESULTS/entries.
+        results: folder of notebook 09's result.json.
+        output: the page to write.
+        processes: runs at once.
+        cache: folder of finished runs: interrupted, the same command goes on.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: the method's name is taken, it is none for masked diffusion policies, or what is stored does not
+            belong together. Nothing is written.
+    """
+    folder = Path(results)
+    result = json.loads((folder / "result.json").read_text())
+    parameters, own = result["parameters"], None if method is None else Path(method)
+    entered = {path: json.loads(path.read_text()) for path in sorted((folder / "entries").glob("*.json"))}
+    if own is not None:
+        name, settings, target = title(own), method_settings(own), folder / "entries" / f"{own.stem}.json"
+        check(name, result, parameters)
+        for contest in parameters["rollouts"]:
+            on_equal_terms(settings, contest)
+        if name in {one["name"] for path, one in entered.items() if path != target}:
+            raise ValueError(f"{name} was entered from another file: name your method otherwise, in its first line")
+        rest = {k: v for k, v in parameters.items() if k != "rollouts"} | {"processes": processes, "cache": cache}
+        entries = {
+            contest: enter({name: settings}, contest, rollouts=rollouts, **rest)[name]
+            for contest, rollouts in parameters["rollouts"].items()
+        }
+        one = {"name": name, "file": own.read_text(encoding="utf-8"), "parameters": parameters, "entries": entries}
+        entered[target] = rounded({**one, "versions": versions()})
+    text = page(result, list(entered.values()))
+    if own is not None:
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(entered[target], indent=1) + "\n")
+    Path(output).write_text(text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    text = run(leaderboard, "espo_lightning.leaderboard", argv)
+    sys.stdout.write(text[text.index("## ") :])
+
+
+if __name__ == "__main__":
+    main()

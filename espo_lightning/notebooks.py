@@ -162,8 +162,8 @@ def save_result(
     result = {
         "name": name,
         "parameters": parameters,
-        "per_seed": _rounded(per_seed),
-        "summary": _rounded(summary),
+        "per_seed": rounded(per_seed),
+        "summary": rounded(summary),
         "findings": {statement: bool(held) for statement, held in findings.items()},
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
@@ -178,12 +178,12 @@ def save_result(
     return result
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats with 6 significant digits: more are noise, and room in the repository."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

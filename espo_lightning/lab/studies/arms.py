@@ -81,7 +81,7 @@ def expected_flops(arm: Arm) -> dict[str, float]:
 def module_flops(module: ESPOModule, task: Task, network: str, prompts: int) -> dict[str, float]:
     """FLOPs of every phase of a training step of ``prompts`` problems, averaged over masks.
 
-    All completions are scored at once. That is an upper bound for methods that leave out groups of equal rewards, see `ESPOModule`'s ``skip_equal_groups``.
+    All completions are scored at once; where groups of equal rewards are left out (``skip_equal_groups``), it is less.
 
     Args:
         task: whose first prompt gives the width of all prompts.

@@ -13,8 +13,14 @@ from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import solve
 from espo_lightning.lab.methods import Method, make_method
 from espo_lightning.lab.studies.arms import module_flops
-from espo_lightning.lab.studies.states import COUNTDOWN, SMALL_COUNTDOWN, SUDOKU, Snapshots, new_module
-from espo_lightning.lab.studies.states import train_or_diverge
+from espo_lightning.lab.studies.states import (
+    COUNTDOWN,
+    SMALL_COUNTDOWN,
+    SUDOKU,
+    Snapshots,
+    new_module,
+    train_or_diverge,
+)
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
 from espo_lightning.scoring.likelihood import Seen
@@ -24,7 +30,7 @@ from espo_lightning.training.module import ESPOModule
 
 GROUP = 8  # completions per prompt, the default of `fit`
 SAMPLES = 128  # completions of the measure that chooses a learning rate
-PATHS = 64  # completions of the KL to the base
+PATHS = 32  # completions of the KL to the base
 OTHERS = (random_order, left_to_right)  # orders that methods on traces train with
 UNSEEN = 1_000_000  # the seed of training problems that no run trains on
 
@@ -38,7 +44,7 @@ class Contest:
     length: int
 
     def decoding(self, **changes: Any) -> Decoding:
-        """One block, one token a step, low confidence first, temperature 1: the decoder of all methods that allow it."""
+        """The decoder of all that allow it: one block, one token a step, low confidence first, temperature 1."""
         return Decoding(self.length, self.length, self.length, **changes)
 
 
@@ -93,10 +99,10 @@ def final_run(
         contest: a key of `CONTESTS`.
         rollouts, prompts: how many rollouts, of how many prompts.
         points: measurements, evenly spread; the last is of the final policy.
-        problems: held-out problems of every accuracy, the first quarter of them on the way.
+        problems: held-out problems of every accuracy, the first half of them on the way.
 
     Returns:
-        "curve": "exact" on the first quarter of the problems after so many rollouts. "exact": of the final policy, low
+        "curve": "exact" on the first half of the problems after so many rollouts. "exact": of the final policy, low
         confidence first, greedy. "own": the same in the order that the method trained with, where that is another.
         "kl": see `path_kl`. "reward", "idle": of every rollout. "diverged": whether gradients were not finite, so that
         the final policy is that of the last measurement before. "wall", "cpu": seconds of the training alone.
@@ -105,7 +111,7 @@ def final_run(
     snapshots, diverged, cost = timed_run(seed, method, contest, lr, rollouts, prompts, at)
     last = max(snapshots.policies)
     ends = measures(snapshots.policies[last], contest, on_equal_terms(method, contest).decoding, problems)
-    few = max(1, problems // 4)
+    few = max(1, problems // 2)
     curve = [
         {"rollout": n, "exact": accuracy(policy, contest, CONTESTS[contest].decoding(), few)}
         for n, policy in sorted(snapshots.policies.items())
@@ -155,9 +161,9 @@ def timed_run(
 
 
 def measures(policy: Policy, contest: str, own: Decoding, problems: int) -> dict[str, float]:
-    """Greedy accuracy on held-out problems: "exact", "few" of their first quarter, and "own" if the order is another."""
+    """Greedy accuracy on held-out problems: "exact", "few" of their first half, "own" if the order is another."""
     right = solved(policy, contest, CONTESTS[contest].decoding(), problems)
-    few = max(1, problems // 4)
+    few = max(1, problems // 2)
     found = {"exact": sum(right) / problems, "few": sum(right[:few]) / few}
     return found if own.order is low_confidence else found | {"own": accuracy(policy, contest, own, problems)}
 
