@@ -161,7 +161,8 @@ def leaderboard(
             on_equal_terms(settings, contest)
         if name in {one["name"] for path, one in entered.items() if path != target}:
             raise ValueError(f"{name} was entered from another file: name your method otherwise, in its first line")
-        rest = {k: v for k, v in parameters.items() if k != "rollouts"} | {"processes": processes, "cache": cache}
+        rest = {k: v for k, v in parameters.items() if k not in ("rollouts", "methods")}
+        rest |= {"processes": processes, "cache": cache}
         entries = {
             contest: enter({name: settings}, contest, rollouts=rollouts, **rest)[name]
             for contest, rollouts in parameters["rollouts"].items()
