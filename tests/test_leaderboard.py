@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,8 @@ def test_all_decode_alike_unless_they_score_the_trace(contest):
             preset.advantage,
             preset.updates,
         )
-        entered(settings, contest, 0, 1e-3)  # is not refused
+        if name in own:
+            entered(settings, contest, 0, 1e-3)  # is not refused
 
 
 def test_the_default_is_espo():
@@ -112,17 +114,18 @@ PRESET = ROOT / "experiments" / "methods" / "espo.yaml"
 
 
 def test_rollouts_have_equal_flops():
-    planned = plan(METHODS, "Sudoku", 20, 3)
-    assert planned["ESPO"] == {"rollouts": 20, "flops": 1.0}
-    for name, settings in METHODS.items():
-        n, one = planned[name]["rollouts"], sum(step_flops(settings, "Sudoku", 3).values())
-        assert n * one / (20 * sum(step_flops({}, "Sudoku", 3).values())) == pytest.approx(planned[name]["flops"])
-        assert abs(planned[name]["flops"] - 1) <= 0.5 / n + 1e-9
+    few = {name: METHODS[name] for name in ("ESPO", "GDSD", "RTB", "wd1")}
+    planned, budget = plan(few, "Countdown", 22, 2), 22 * sum(step_flops({}, "Countdown", 2).values())
+    assert planned["ESPO"] == {"rollouts": 22, "flops": 1.0}
+    for name, settings in few.items():
+        n, one = planned[name]["rollouts"], sum(step_flops(settings, "Countdown", 2).values())
+        assert n * one / budget == pytest.approx(planned[name]["flops"])
+        assert abs(n * one - budget) <= one / 2
+    assert planned["GDSD"]["rollouts"] < planned["RTB"]["rollouts"] < planned["wd1"]["rollouts"] < 22
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contest", CONTESTS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "contest"), zip(METHODS, cycle(CONTESTS)))
 def test_flops_are_those_that_torch_counts(name, contest):
     prompts, rollouts = 3, 2
     module = entered(METHODS[name], contest, 0, 1e-4, Measured, skip_equal_groups=False)
@@ -190,10 +193,11 @@ def test_the_board_has_every_preset():
     for board in boards(RESULT).values():
         assert set(board) == {*METHODS, "ESPO, M = 2"}
         for entry in board.values():
+            assert entry["runs"][0]["seed"] == program.FINALS
             assert len(entry["runs"]) == RESULT["parameters"]["seeds"] >= 5
             assert entry["lr"] == best(entry["pilots"])
             assert entry["edge"] == at_edge(entry["pilots"])
-            assert abs(entry["flops"] - 1) <= 0.5 / entry["rollouts"] + 1e-6
+            assert 0.9 < entry["flops"] < 1.1
 
 
 @pytest.fixture
