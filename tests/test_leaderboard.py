@@ -125,7 +125,7 @@ def test_rollouts_have_equal_flops():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "contest"), zip(METHODS, cycle(CONTESTS)))
+@pytest.mark.parametrize(("name", "contest"), list(zip(METHODS, cycle(CONTESTS))))
 def test_flops_are_those_that_torch_counts(name, contest):
     prompts, rollouts = 3, 2
     module = entered(METHODS[name], contest, 0, 1e-4, Measured, skip_equal_groups=False)

@@ -16,7 +16,7 @@ COLUMNS += ("KL to the base", "rollouts", "FLOPs", "learning rate", "processor s
 
 PAGE = """# Leaderboard: methods at equal compute
 
-Every preset of [`experiments/methods`](../experiments/methods) trains the bundled Sudoku and Countdown policies with
+Every preset of [`experiments/methods`](../experiments/methods) trains the bundled policies ({tasks}) with
 the same FLOPs, prompts, tuning budget and, where the method allows it, decoder. "ESPO, M = 2" is the ESPO preset with
 the paper's two draws, two coupled pairs of masks instead of one. The numbers are those of
 [notebook 09](../notebooks/09_leaderboard.ipynb), which says what was expected, shows curves, and says what they mean.
@@ -31,9 +31,9 @@ python -m espo_lightning.leaderboard --method=my_method.yaml
 tunes it like the others, runs it on the same seeds and adds its row, without running any other method again.
 
 **The terms.** {prompts} prompts × {group} completions a rollout; as many rollouts as take the FLOPs of {rollouts} of
-ESPO, by the cost model. The learning rate is chosen among {rates}, and up to {extra} further ones where the best is at
-an edge ({pilots} pilot of full length each, on seeds of their own), by the mean sampled reward of the final policy on
-training problems; "edge" marks a choice that stayed at one. Then {seeds} new seeds; the last policy decodes {problems}
+ESPO, by the cost model. The learning rate is chosen by the mean sampled reward of the final policy on training problems,
+among {rates} (runs of full length for each, on other seeds: {pilots}) and beyond, where the best of them is
+at an edge (further rates at most: {extra}); "edge" marks a choice that is still at one. Then {seeds} new seeds; the last policy decodes {problems}
 held-out problems greedily, one token a step, low confidence first. Rollouts are decoded in that order, too, at
 temperature 1, except for methods that score the decoder's trace: they keep the order that they are made for, and "in
 its own order" is their accuracy there. All other settings are the preset's.
@@ -44,9 +44,9 @@ chance. The order of two rows without a verdict means nothing, and the held-out 
 KL is of what a random-order decoder does, in nats per completion. Seconds are those of training on a busy machine with
 one thread: compare processor seconds, roughly. Cells are medians where they do not say otherwise.
 
-**What the ranking does not show.** Policies of 0.5 and 0.9 M parameters, canvases of 16 and 12 tokens, a right answer
-that the base knows, a few rollouts: nothing follows for 8B models, 256 tokens, or long training. Nor are the methods'
-other settings (clips, KL weights, updates per rollout) tuned here; they are those of their presets.
+**What the ranking does not show.** Policies of less than a million parameters, canvases of 16 tokens or less, a right
+answer that the base knows, a few small rollouts: nothing follows for 8B models, 256 tokens, or long training. Nor are the
+methods' other settings (clips, KL weights, updates per rollout) tuned here; they are those of their presets.
 
 {boards}
 """
@@ -172,6 +172,7 @@ def page(result: dict, entered: list[dict]) -> str:
     return PAGE.format(
         **{key: parameters[key] for key in ("prompts", "extra", "pilots", "seeds", "problems")},
         group=summary["group_size"],
+        tasks=" and ".join(found),
         rollouts=" or ".join(f"{n} ({contest})" for contest, n in parameters["rollouts"].items()),
         rates=", ".join(f"{lr:g}" for lr in parameters["learning_rates"]),
         comparisons=comparisons,
