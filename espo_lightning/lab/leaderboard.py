@@ -31,12 +31,12 @@ python -m espo_lightning.leaderboard --method=my_method.yaml
 tunes it like the others, runs it on the same seeds and adds its row, without running any other method again.
 
 **The terms.** {prompts} prompts × {group} completions a rollout; as many rollouts as take the FLOPs of {rollouts} of
-ESPO, by the cost model. The learning rate is chosen by the mean sampled reward of the final policy on training problems,
-among {rates} (runs of full length for each, on other seeds: {pilots}) and beyond, where the best of them is
-at an edge (further rates at most: {extra}); "edge" marks a choice that is still at one. Then {seeds} new seeds; the last policy decodes {problems}
-held-out problems greedily, one token a step, low confidence first. Rollouts are decoded in that order, too, at
-temperature 1, except for methods that score the decoder's trace: they keep the order that they are made for, and "in
-its own order" is their accuracy there. All other settings are the preset's.
+ESPO, by the cost model. The learning rate is chosen by the mean sampled reward of the final policy on training
+problems, among {rates} (runs of full length for each, on other seeds: {pilots}) and beyond, where the best of them is
+at an edge (further rates at most: {extra}); "edge" marks a choice that is still at one. Then {seeds} new seeds; the
+last policy decodes {problems} held-out problems greedily, one token a step, low confidence first. Rollouts are
+decoded in that order, too, at temperature 1, except for methods that score the decoder's trace: they keep the order
+that they are made for, and "in its own order" is their accuracy there. All other settings are the preset's.
 
 **What is shown.** Intervals are Student's, over the {seeds} seeds, of the difference to ESPO with the same seed (the
 same prompts); "above" and "below" say that it excludes 0. Of {comparisons} such intervals, {wrong} would exclude it by
@@ -45,8 +45,8 @@ KL is of what a random-order decoder does, in nats per completion. Seconds are t
 one thread: compare processor seconds, roughly. Cells are medians where they do not say otherwise.
 
 **What the ranking does not show.** Policies of less than a million parameters, canvases of 16 tokens or less, a right
-answer that the base knows, a few small rollouts: nothing follows for 8B models, 256 tokens, or long training. Nor are the
-methods' other settings (clips, KL weights, updates per rollout) tuned here; they are those of their presets.
+answer that the base knows, a few small rollouts: nothing follows for 8B models, 256 tokens, or long training. Nor are
+the methods' other settings (clips, KL weights, updates per rollout) tuned here; they are those of their presets.
 
 {boards}
 """
