@@ -152,6 +152,7 @@ def test_the_kl_to_the_base_is_that_of_its_paths():
 
 def test_a_run_and_its_pilot(monkeypatch):
     monkeypatch.setattr(study, "SAMPLES", 4)
+    monkeypatch.setattr(study, "PATHS", 4)
     terms = {"method": METHODS["RTB"], "contest": "Countdown", "lr": 1e-3, "rollouts": 2, "prompts": 1}
     run = study.final_run(0, **terms, points=2, problems=4)
     assert [point["rollout"] for point in run["curve"]] == [1, 2]
@@ -173,6 +174,7 @@ def test_a_run_that_diverges_is_told(monkeypatch):
         return snapshots, True
 
     monkeypatch.setattr(study, "train_or_diverge", diverge)
+    monkeypatch.setattr(study, "PATHS", 4)
     terms = {"method": {}, "contest": "Countdown", "lr": 1e-3, "rollouts": 2, "prompts": 1}
     assert study.pilot_run(0, **terms)["score"] == 0
     run = study.final_run(0, **terms, points=2, problems=2)
@@ -206,6 +208,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(notebooks, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(study, "SAMPLES", 4)
+    monkeypatch.setattr(study, "PATHS", 4)
     run = {"exact": 0.5, "kl": 1.0, "cpu": 1.0, "wall": 1.0, "diverged": False, "curve": [], "seconds": 1.0}
     entry = {"rollouts": 1, "flops": 1.0, "pilots": [{"lr": 1e-4, "score": 1.0}], "lr": 1e-4, "edge": True}
     base = {"exact": 0.1, "few": 0.1, "random_order": 0.1, "left_to_right": 0.2, "reward": 0.3}

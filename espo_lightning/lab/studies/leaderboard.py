@@ -120,7 +120,7 @@ def final_run(
     return {
         "curve": [*curve, {"rollout": last, "exact": ends.pop("few")}],
         **ends,
-        "kl": path_kl(snapshots.policies[last], contest),
+        "kl": path_kl(snapshots.policies[last], contest, PATHS),
         **{key: [round(x, 4) for x in snapshots.means(key)] for key in ("reward", "idle")},
         "diverged": diverged,
         **cost,
@@ -188,7 +188,7 @@ def sampled_reward(policy: Policy, contest: str, decoding: Decoder) -> float:
 
 
 @torch.no_grad()
-def path_kl(policy: Policy, contest: str, paths: int = PATHS) -> float:
+def path_kl(policy: Policy, contest: str, paths: int) -> float:
     """KL of a policy to its base, nats per completion: of what a random-order decoder does on held-out problems.
 
     KL(pi || base) of the paths, which bounds that of the completions from above, is a sum over the L steps. Each is
