@@ -4,6 +4,7 @@ import json
 import re
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_notebooks import Inline
 
 from espo_lightning import Decoding, left_to_right, load_policy, low_confidence, notebooks, random_order
 from espo_lightning import leaderboard as program
-from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, interval, order, page
+from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, ends, interval, order, page
 from espo_lightning.lab.methods import make_method, method_settings, read_method
 from espo_lightning.lab.studies import leaderboard as study
 from espo_lightning.lab.studies.compute import Measured
@@ -200,6 +201,32 @@ def test_the_board_has_every_preset():
             assert entry["lr"] == best(entry["pilots"])
             assert entry["edge"] == at_edge(entry["pilots"])
             assert 0.9 < entry["flops"] < 1.1
+
+
+def test_the_numbers_of_the_prose_are_those_of_the_result():
+    """Every decimal number of the notebook's conclusions is a rounded number of the stored result."""
+    cells = json.loads((ROOT / "notebooks" / "09_leaderboard.ipynb").read_text())["cells"]
+    prose = next(text for cell in cells if (text := "".join(cell["source"])).startswith("## What it means"))
+    known = set(RESULT["summary"]["chance"].values()) | set(RESULT["summary"]["rank_correlation"]["rollouts"].values())
+    for contest, board in boards(RESULT).items():
+        known.add(RESULT["summary"]["base"][contest]["exact"])
+        for entry in board.values():
+            known |= summary_of([ends(entry, key) for key in ("exact", "own", "kl") if key in entry["runs"][0]])
+            scores = {pilot["lr"]: pilot["score"] for pilot in entry["pilots"]}
+            known.add(scores[3e-4] - scores[1e-4])
+        later = RESULT["summary"]["look_back"][contest]["exact"]
+        against = difference({"runs": [{"exact": x} for x in later]}, board["ESPO"])
+        known |= summary_of([later]) | {against["mean"], *against["interval"]}
+    numbers = re.findall(r"-?\d+\.\d+", prose)
+    assert len(numbers) > 20
+    for number in numbers:
+        digits = len(number.partition(".")[2])
+        assert number in {f"{value:.{digits}f}" for value in known}, number
+
+
+def summary_of(lists: list[list[float]]) -> set[float]:
+    """Median and range of each list."""
+    return {f(values) for values in lists for f in (median, min, max)}
 
 
 @pytest.fixture
