@@ -1,0 +1,42 @@
+"""A training program from its first line to its exit code."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from espo_lightning.tasks.verifiers import BrokenVerifier
+from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
+from espo_lightning.training.threads import computing_with
+
+if TYPE_CHECKING:
+    from espo_lightning.training.cli import TrainingCLI
+
+
+def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingCLI"], None]) -> None:
+    """Run a training program from its first line to its exit code, whatever happens when.
+
+    Exit codes: 0 finished; 1 failed; 2 refused before anything was written; 130 and 143 stopped by Ctrl-C and SIGTERM.
+    """
+    cli = None
+    with Signals() as signals, computing_with():
+        try:
+            cli = make(signals)
+            work(cli)
+        except Stopped:
+            first = rank_zero_only.rank == 0
+            if first:
+                left = "nothing was written" if cli is None else cli.left_behind()
+                sys.stdout.write(f"\nstopped by {NAMES[signals.received]}; {left}\n")
+            # another code than 0 from a process that Lightning started would have all others killed
+            raise SystemExit(exit_code(signals.received) if first else 0) from None
+        except Exception as error:
+            if cli is not None and rank_zero_only.rank == 0:
+                sys.stderr.write(f"\n{type(error).__name__}: {error}\n{cli.left_behind()}\n")
+            if isinstance(error, OSError | FloatingPointError | BrokenVerifier):  # no fault of the code
+                raise SystemExit(2 if isinstance(error, BrokenVerifier) else 1) from None
+            raise
+        finally:
+            if cli is not None:
+                cli.close()
