@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
-from espo_lightning.training.command_line import BAD_INPUT, as_list, option, spelt_out, with_spelling
+from espo_lightning.training.command_line import BAD_INPUT, as_list, option, spelt_out, with_short_names
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.data_check import check_data
 from espo_lightning.training.moved import with_advice
@@ -91,7 +91,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        return with_spelling(with_advice(super().init_parser(**kwargs)))
+        return with_short_names(with_advice(super().init_parser(**kwargs)))
 
     def add_arguments_to_parser(self, parser) -> None:
         add = parser.add_argument

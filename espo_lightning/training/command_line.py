@@ -2,18 +2,19 @@
 
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
 from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.screen import quiet
 
+SHORT = "yaml with short names"  # how files are read
 BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
 
 
@@ -28,7 +29,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
     """
     quiet()
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = with_spelling(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
+    parser = with_short_names(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -55,7 +56,7 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths.
+    """Arguments with short names of this library's functions, ``--model.objective.kl=k3``, as import paths.
 
     Classes have short names in jsonargparse already. A name is taken for a function's only where one is expected.
     """
@@ -63,25 +64,39 @@ def spelt_out(argv: list[str]) -> list[str]:
     for argument in argv:
         flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         if expected and not flag:
-            argument = functions().get(value, value)
-        name = flag.rsplit(".", 1)[-1].removeprefix("--")
-        if equals and name in functions_expected():
-            argument = f"{flag}={functions().get(value, value)}"
-        expected = bool(flag) and not equals and name in functions_expected()
+            argument = callables().get(value, value)
+        takes = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1] in functions_expected()
+        if equals and takes:
+            argument = f"{flag}={callables().get(value, value)}"
+        expected = bool(flag) and not equals and takes
         spelt.append(argument)
     return spelt
 
 
-def with_spelling(parser: Any) -> Any:
-    """A parser whose errors say how a function is spelt, where a file has its short name."""
-    error = parser.error
+def spelt_out_in(value: Any, expected: bool = False) -> Any:
+    """The same for what was read from a file: short names of functions, where one is expected, as import paths.
 
-    def told(message: Any, *rest: Any) -> Any:
-        unread = re.findall(r"Expected a (?:path but|dot import path string:) (\w+)", str(message))
-        hints = {f"in files, write {functions()[name]} for {name}" for name in unread if name in functions()}
-        return error("\n".join([str(message), *hints]), *rest)
+    Args:
+        value: any part of the file.
+        expected: whether it stands where a function is expected.
+    """
+    if isinstance(value, str) and expected:
+        return callables().get(value, value)
+    if isinstance(value, list):
+        return [spelt_out_in(part, expected) for part in value]
+    if isinstance(value, dict):
+        return {
+            key: spelt_out_in(part, expected if key == "class_path" else key in functions_expected())
+            for key, part in value.items()
+        }
+    return value
 
-    parser.error = told
+
+def with_short_names(parser: Any) -> Any:
+    """A parser that reads short names of functions in YAML, too."""
+    read = get_loader("yaml")
+    set_loader(SHORT, lambda text: spelt_out_in(read(text)), (yaml.YAMLError,))
+    parser.parser_mode = SHORT
     return parser
 
 
@@ -93,20 +108,28 @@ def _public() -> dict[str, Any]:
 
 
 @cache
-def functions() -> dict[str, str]:
-    """The public functions of this library: short name -> import path."""
-    return {name: f"espo_lightning.{name}" for name, thing in _public().items() if inspect.isfunction(thing)}
+def callables() -> dict[str, str]:
+    """The public functions of this library, and classes whose objects are in the place of one: name -> import path."""
+    return {name: f"espo_lightning.{name}" for name, thing in _public().items() if _function_like(thing)}
+
+
+def _function_like(thing: Any) -> bool:
+    return inspect.isfunction(thing) or (
+        inspect.isclass(thing) and thing.__bases__ == (object,) and "__call__" in vars(thing)
+    )
 
 
 @cache
 def functions_expected() -> set[str]:
-    """The names of the parameters of public classes that are functions by default."""
+    """The names of parameters of public classes and functions that are functions, or are made by one."""
     classes = [thing for thing in _public().values() if inspect.isclass(thing)]
+    functions = [thing for thing in _public().values() if inspect.isfunction(thing)]
+    made = {signature(function).return_annotation for function in functions} & set(classes)  # as policies are
     return {
         parameter.name
-        for cls in classes
-        for parameter in signature(cls).parameters.values()
-        if inspect.isfunction(parameter.default) or _callable(parameter.annotation)
+        for thing in [*classes, *functions]
+        for parameter in signature(thing).parameters.values()
+        if inspect.isfunction(parameter.default) or _callable(parameter.annotation) or parameter.annotation in made
     }
 
 
