@@ -1,5 +1,11 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
+import os
+import sys
+
+if sys.argv[:1] == ["-m"]:  # one of the programs, not yet running: its threads sleep while they wait, see threads.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from espo_lightning.decoding.block import BlockDecoding
 from espo_lightning.decoding.causal import AutoregressiveDecoding
 from espo_lightning.decoding.decoder import Decoder, Trace

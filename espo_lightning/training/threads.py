@@ -1,8 +1,11 @@
 """How many threads of a CPU a program computes with.
 
-Threads wait for one another after every operation on a tensor, and those that wait spin. Where other programs want the
-cores, too, a thread that is waited for may not be running: a small policy then takes many times the processor time of
-one thread, for no gain. A large one has work enough between two waits. benchmarks/threads.py measures both.
+Threads wait for one another after every operation on a tensor. Those of torch spin while they wait, and where other
+programs want the cores, too, the thread that is waited for may not be running: with two threads a policy of 0.46 M then
+took 39 times the processor time of one, and one of 135 M 7 times. Threads that sleep while they wait took 1.2 times as
+much or less. So the package lets them sleep where it runs as a program (``OMP_WAIT_POLICY``, before torch is loaded),
+and a program takes one thread for a small policy, and all of them from the size on at which they cost nothing.
+benchmarks/threads.py measures it.
 """
 
 import os
@@ -15,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from espo_lightning.policies.policy import Policy
 from espo_lightning.ranges import check_counts
 
-LARGE = 20_000_000  # parameters from which on threads pay on a busy machine
+LARGE = 19_000_000  # parameters from which on two threads that sleep cost as much as one, on a busy machine
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user, torchrun or a cluster says how many
 
 
