@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_runs import SFT, TINY, checkpoint, ends, refused, tiny  # noqa: F401
 
+import espo_lightning
 from espo_lightning import evaluate, fit, new_policy, sft
 from espo_lightning.training.run_checkpoint import RECORD
 from espo_lightning.training.threads import ENVIRONMENT, LARGE, choose_threads, computing_with, threads_for
@@ -127,21 +128,27 @@ def test_sft_and_evaluate_choose_too(tmp_path, capsys):
         assert f"2 problems, {number} thread" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
-def test_threads_of_a_program_sleep_while_they_wait_and_an_import_changes_nothing(given, found, tmp_path):
-    look = "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
-    (tmp_path / "looks.py").write_text(f"import espo_lightning.ranges\n{look}\n")
-    kept = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | (
-        {"OMP_WAIT_POLICY": given} if given else {}
-    )
-    root = str(Path(__file__).parents[1])
+@pytest.mark.parametrize(
+    ("argv", "given", "found"),
+    [(["-m"], None, "passive"), (["-m"], "active", "active"), (["train.py"], None, None), ([""], None, None)],
+)
+def test_threads_of_a_program_sleep_while_they_wait_and_an_import_changes_nothing(argv, given, found, monkeypatch):
+    """While Python looks for a program, ``python -m espo_lightning.fit``, argv begins with -m; never after."""
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    before_torch = Path(espo_lightning.__file__).read_text().split("from espo_lightning", 1)[0]
+    exec(before_torch, {})
+    assert os.environ.pop("OMP_WAIT_POLICY", None) == found
 
-    def printed(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=kept).stdout.strip()
 
-    assert printed("looks.py") == str(given)
+@pytest.mark.slow
+def test_it_does_so_in_a_process_of_its_own(tmp_path):
     (tmp_path / "program").mkdir()
     (tmp_path / "program" / "__init__.py").write_text("import espo_lightning.ranges\n")  # as one of ours is begun
-    (tmp_path / "program" / "__main__.py").write_text(f"{look}\n")
-    assert printed("-m", "program") == found
+    (tmp_path / "program" / "__main__.py").write_text("import os; print(os.environ['OMP_WAIT_POLICY'])\n")
+    kept = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    kept["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "program"]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=kept).stdout == "passive\n"
