@@ -1,4 +1,4 @@
-"""What threads cost and bring on a CPU: ``python benchmarks/threads.py``.
+"""What threads cost and bring on a CPU: ``python benchmarks/threads.py``; also with ``OMP_WAIT_POLICY=passive``.
 
 Rollouts and updates of `fit`'s default settings, on random policies of several sizes, with 1, 2 and 4 threads turn by
 turn in one process. Prints a table, writes JSON; the load of the machine stands beside the numbers, which depend on it.
@@ -94,7 +94,7 @@ def measure(size: str, rollout: str, repeats: int) -> dict:
     load = os.getloadavg()[0]
     parameters, runs = in_fresh_process(time_steps, size, prompts, group, repeats)
     row = {"size": size, "parameters": parameters, "rollout": rollout, "completions": prompts * group}
-    row |= {"hidden_size": SIZES[size][0], "load": [load, os.getloadavg()[0]]}
+    row |= {"repeats": repeats, "load": [load, os.getloadavg()[0]]}
     for index, threads in enumerate(THREADS):
         timed = runs[index :: len(THREADS)][1:]
         row[f"{threads}"] = {
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "threads.json")
     arguments = parser.parse_args()
     facts = {"cores": len(os.sched_getaffinity(0)), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    facts |= {"torch": torch.__version__, "repeats": arguments.repeats}
+    facts |= {"torch": torch.__version__, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")}
     rows = []
     print(HEADER)
     for size in arguments.sizes:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import yaml
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.training.command_line import run
 from espo_lightning.training.screen import quiet
 
@@ -254,9 +255,13 @@ def execute(
 
     Returns:
         The executed notebooks.
+
+    Raises:
+        ValueError: no such notebook or parameter, or a number below 1.
     """
     import papermill
 
+    check_counts(1, seeds=seeds, processes=processes)
     source = Path(folder)
     paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
     if not paths:

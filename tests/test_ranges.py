@@ -217,7 +217,7 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     tasks.AceCode: (tasks.AceCode, CODE),
     evaluate: (
         partial(evaluate, **TASK),
-        {"problems": ONE, "samples": ONE, "batch_size": ONE, "seed": SEED},
+        {"problems": ONE, "samples": ONE, "batch_size": ONE, "seed": SEED, "threads": ONE},
     ),
     cost: (
         lambda gpus=8, **settings: cost(gpus=(gpus,), **settings),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,22 @@ def test_the_numbers_that_the_choice_rests_on_are_the_stored_ones():
     large = [size for size, row in sleeping.items() if row["parameters"] >= LARGE]
     assert large
     assert all(ratios["sleeping"][size] < 1.1 for size in large)
+
+
+def test_the_table_of_the_notes_has_the_stored_numbers():
+    notes = (RESULTS.parent / "NOTES.md").read_text().split("## Threads")[1]
+    stored = {
+        name: json.loads((RESULTS / f"{name}.json").read_text())["rows"] for name in ("threads", "threads_passive")
+    }
+    found = {m[1]: m[2].split("|") for m in re.finditer(r"^\| ([\d.]+M) \| (.*) \|$", notes, re.MULTILINE)}
+    assert list(found) == [row["size"] for row in stored["threads"]]
+    for column, (name, clock) in enumerate(product(stored, ("cpu", "wall"))):
+        ratios = {row["size"]: (took := totals(row, clock))["2"] / took["1"] for row in stored[name]}
+        told = {size: float(cells[column]) for size, cells in found.items() if cells[column].strip()}
+        assert told.keys() == ratios.keys()
+        assert all(
+            told[size] == pytest.approx(ratio, abs=0.6 if ratio > 10 else 0.06) for size, ratio in ratios.items()
+        )
 
 
 def test_a_user_and_the_environment_come_first_then_the_run_so_far(small, monkeypatch):

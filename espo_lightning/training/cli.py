@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from espo_lightning.ranges import check_numbers
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
 from espo_lightning.training.command_line import BAD_INPUT, as_list, option, spelt_out, with_short_names
@@ -250,8 +251,7 @@ class TrainingCLI(LightningCLI):
             check_resume(trainer.strategy, Path(self.config.ckpt_path))
             resume.check_weights(Path(self.config.ckpt_path), self.content, self.model)
         self.datamodule.check(trainer.world_size, evaluates=bool(trainer.limit_val_batches))
-        if self.config.timeout <= 0:
-            raise ValueError(f"timeout must be positive, got {self.config.timeout}")
+        check_numbers("(0, 1e9]", timeout=self.config.timeout)
         data, model = self.datamodule, self.model
         answers = getattr(model, "length", None)  # of supervised training
         limits = {"max_prompt_length": model.max_prompt_length, "answer_length": answers}
