@@ -155,9 +155,9 @@ class TrainingCLI(LightningCLI):
             trainer.limit_val_batches = 0
         repeatable = config.clone()  # what the run folder keeps works as --config of another run
         repeatable.run_dir = repeatable.ckpt_path = repeatable.config = None
-        self.saved_config = self.parser.dump(repeatable, skip_unset=False)
-        self.settings = yaml.safe_load(self.saved_config)
         try:
+            self.saved_config = self.parser.dump(repeatable, skip_unset=False)
+            self.settings = yaml.safe_load(self.saved_config)
             check_flags(trainer, self.parser.get_defaults().trainer, self.refused)
             if config.ckpt_path is not None:
                 self.changes = resume.changes(resume.as_settings(self.before), resume.as_settings(self.saved_config))
@@ -199,6 +199,10 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except (*BAD_INPUT, MisconfigurationException, ModuleNotFoundError) as error:
             self.parser.error(str(error))
+        except TypeError as error:
+            if "`devices`" not in str(error):  # Lightning's word on -1 of a CPU
+                raise
+            self.parser.error(f"trainer.devices: {error}")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Lightning's trainer, with the run folder's CSV logger and checkpoints."""

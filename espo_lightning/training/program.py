@@ -1,9 +1,13 @@
 """A training program from its first line to its exit code."""
 
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from espo_lightning.tasks.verifiers import BrokenVerifier
@@ -12,6 +16,15 @@ from espo_lightning.training.threads import computing_with
 
 if TYPE_CHECKING:
     from espo_lightning.training.cli import TrainingCLI
+
+
+EXPECTED = (OSError, FloatingPointError, BrokenVerifier, MisconfigurationException)  # no faults of the code
+
+
+def _of_a_callback(error: Exception) -> bool:
+    """Whether one of Lightning's callbacks gave up, as EarlyStopping does on a metric that there is not."""
+    innermost = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1]
+    return Path(innermost).parent == Path(callbacks.__file__).parent
 
 
 def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingCLI"], None]) -> None:
@@ -34,7 +47,7 @@ def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingC
         except Exception as error:
             if cli is not None and rank_zero_only.rank == 0:
                 sys.stderr.write(f"\n{type(error).__name__}: {error}\n{cli.left_behind()}\n")
-            if isinstance(error, OSError | FloatingPointError | BrokenVerifier):  # no fault of the code
+            if isinstance(error, EXPECTED) or _of_a_callback(error):
                 raise SystemExit(2 if isinstance(error, BrokenVerifier) else 1) from None
             raise
         finally:
