@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import name_of
 
 from espo_lightning import (
     Decoding,
@@ -346,7 +347,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("decoding", SETTINGS, ids=repr)
+@pytest.mark.parametrize("decoding", SETTINGS, ids=name_of)
 def test_completion_depends_on_its_key_and_prompt_alone(policy, decoding):
     prompts, keys = some_prompts(6), keys_of(2, 6)
     whole = generate(policy, prompts, keys, decoding)
@@ -367,7 +368,7 @@ def test_completion_depends_on_its_key_and_prompt_alone(policy, decoding):
     assert torch.equal(generate(policy, Prompts(noise, mask), torch.cat([keys, torch.tensor([77])]), decoding), padded)
 
 
-@pytest.mark.parametrize("decoding", SETTINGS[:3], ids=repr)
+@pytest.mark.parametrize("decoding", SETTINGS[:3], ids=name_of)
 def test_another_key_gives_another_completion(policy, decoding):
     prompts = some_prompts(1).repeat_each(64)
     completions = generate(policy, prompts, keys_of(3, 64), decoding)
@@ -393,7 +394,7 @@ def test_positions_and_steps_have_randomness_of_their_own():
             assert_law((tokens[:, a] * 3 + tokens[:, b]).bincount(minlength=9), single.outer(single).flatten())
 
 
-@pytest.mark.parametrize("decoding", SETTINGS, ids=repr)
+@pytest.mark.parametrize("decoding", SETTINGS, ids=name_of)
 def test_prompts_and_global_generators_are_not_touched(policy, decoding):
     prompts = some_prompts(4)
     prompts = Prompts(prompts.ids, torch.arange(5).expand(4, -1) >= torch.tensor([[0], [2], [1], [0]]))
@@ -416,7 +417,7 @@ def test_prompts_and_global_generators_are_not_touched(policy, decoding):
 @pytest.mark.parametrize(
     "decoding",
     [Decoding(16, 16, 16), Decoding(16, 4, 8), Decoding(16, 4, 12, order=random_order), Decoding(12, 2, 6, 0.0)],
-    ids=repr,
+    ids=name_of,
 )
 def test_blocks_are_filled_from_the_left_as_scheduled(policy, decoding):
     recorder, prompts, length = Recorder(policy), some_prompts(5), decoding.length
