@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -356,13 +354,14 @@ def test_export_of_a_policy_that_never_was_llada(checkpoints, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_export_cli_errors_are_one_message_and_exit_2(checkpoints, tmp_path):
+def test_export_cli_errors_are_one_message_and_exit_2(checkpoints, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
-    command = [sys.executable, "-m", "espo_lightning.export", "--policy", str(checkpoints / "llada"), "--output"]
-    run = subprocess.run([*command, str(tmp_path / "full")], capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (2, "")
-    *usage, error = run.stderr.splitlines()
+    with pytest.raises(SystemExit) as stop:
+        main(["--policy", str(checkpoints / "llada"), "--output", str(tmp_path / "full")])
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out) == (2, "")
+    *usage, error = printed.err.splitlines()
     assert error.startswith("error: ")
     assert "is not empty" in error
     assert all(line.startswith(("usage: ", "tip: ")) for line in usage)
