@@ -20,7 +20,7 @@ from espo_lightning import Decoding, ESPOModule, PolicyGradient, Problem, Prompt
 
 torch.set_num_threads(1)  # many small matrices: threads cost more than they bring, and results stay comparable
 
-FIRST = ("test_distributed",)  # the longest files, so that no worker is left with one at the end
+FIRST = ("test_distributed", "test_runs")  # the longest files, so that no worker is left with one at the end
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -207,6 +207,7 @@ def test_a_csv_of_an_earlier_part_is_kept_over_a_resume(folder, tmp_path):
     assert (run_dir / "metrics.000.csv").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_resumes(folder, tmp_path):
     """The interrupted and resumed run equals an uninterrupted one bit for bit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

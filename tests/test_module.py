@@ -192,6 +192,7 @@ class CountGraphs:
         return graph.forward
 
 
+@pytest.mark.slow
 def test_compiling_changes_the_execution_and_not_the_numbers(monkeypatch):
     backend = CountGraphs()
     monkeypatch.setattr(torch.compiler, "list_backends", lambda exclude_tags: [backend])

@@ -297,6 +297,7 @@ def threads(seed: int) -> dict:
     return {"threads": torch.get_num_threads(), "process": os.getpid()}
 
 
+@pytest.mark.slow
 def test_a_failure_ends_the_others(tmp_path):
     with pytest.raises(RuntimeError, match="thirteen"):
         over_seeds(slow, [13, *range(100, 160)], processes=1, cache=tmp_path)
