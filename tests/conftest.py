@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
@@ -18,6 +19,8 @@ from lightning.pytorch import Trainer
 
 from espo_lightning import Decoding, ESPOModule, PolicyGradient, Problem, PromptDataModule, Task, new_policy
 
+# whose failures then show their values, as those of test files do
+pytest.register_assert_rewrite("two_processes", *(path.stem for path in Path(__file__).parent.glob("*_cases.py")))
 torch.set_num_threads(1)  # many small matrices: threads cost more than they bring, and results stay comparable
 
 FIRST = ("test_distributed", "test_runs")  # the longest files, so that no worker is left with one at the end

@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_runs import SFT, TINY, ends, read_metrics, refused, same, tiny  # noqa: F401
+from test_runs import SFT, TINY, ends, refused, same, tiny  # noqa: F401
 
 from espo_lightning import fit, sft
+from espo_lightning.training.report import read_metrics
 from espo_lightning.training.signals import Signals
 from espo_lightning.training.trainer_flags import CALLBACKS, MANUAL, REFUSED, UNVALIDATED
 
