@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sampler import PROMPT, keys_of, rng
+from decoding_cases import PROMPT, keys_of, rng
 from test_trajectory import ALL, DECODERS, ORDERS, paths, seen_of
 
 from espo_lightning import (

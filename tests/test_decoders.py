@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fit, small_module
-from test_sampler import PROMPT, Recorder, assert_law, keys_of, nucleus, peaky_policy, rng, some_prompts
+from decoding_cases import PROMPT, Recorder, assert_law, keys_of, nucleus, peaky_policy, rng, some_prompts
 
 from espo_lightning import (
     Countdown,

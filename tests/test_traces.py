@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import small_policy
-from test_sampler import PROMPT, Recorder, keys_of, peaky_policy, rng, some_prompts
+from decoding_cases import PROMPT, Recorder, keys_of, peaky_policy, rng, some_prompts
 
 from espo_lightning import (
     AutoregressiveDecoding,

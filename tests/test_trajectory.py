@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_policy
-from test_sampler import PROMPT, assert_law, keys_of, rng, some_prompts
+from decoding_cases import PROMPT, assert_law, keys_of, rng, some_prompts
 
 from espo_lightning import (
     Decoding,
