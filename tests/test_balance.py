@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoding_cases import PROMPT, keys_of, rng
-from test_trajectory import ALL, DECODERS, ORDERS, paths, seen_of
+from trajectory_cases import ALL, DECODERS, ORDERS, paths, seen_of
 
 from espo_lightning import (
     ELBO,
