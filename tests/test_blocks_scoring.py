@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from block_cases import EACH, LENGTHS, block_policy, keys_of, some_prompts
 from conftest import fit, parameters, small_module
 from lightning.pytorch import Callback
-from test_blocks import EACH, LENGTHS, block_policy, keys_of, some_prompts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from espo_lightning import (
