@@ -5,6 +5,7 @@ import torch
 
 from espo_lightning import (
     Prompts,
+    Seen,
     new_policy,
 )
 from espo_lightning.keys import fold_in
@@ -54,3 +55,15 @@ class Counted:
     def __call__(self, ids, *args, prefix=None, **kwargs):
         self.passes.append((len(ids), ids.shape[1] - (0 if prefix is None else len(prefix))))
         return self.policy(ids, *args, prefix=prefix, **kwargs)
+
+
+LENGTH = 8
+
+
+def some_completions(rows: int = len(LENGTHS), length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(7, 60, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def drawn(policy, law, prompts, completion, keys=None):
+    keys = keys_of(len(completion)) if keys is None else keys
+    return law.masks(keys, Seen.of(policy, prompts, completion, keys))
