@@ -8,7 +8,7 @@ import pytest
 import torch
 import two_processes
 from conftest import small_policy
-from distributed_runs import TINY, refused, start, weights
+from distributed_cases import TINY, refused, start, weights
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from two_processes import ENVIRONMENT, RESUMED, ROUNDED, RUNS, ZERO, assert_same

@@ -15,7 +15,7 @@ import pytest
 import torch
 import two_processes
 from conftest import small_policy
-from distributed_runs import TINY, refused, tiny_fixture, weights, whole_fixture  # noqa: F401
+from distributed_cases import TINY, refused, tiny_fixture, weights, whole_fixture  # noqa: F401
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from espo_lightning import fit

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import FIT, start, tiny_fixture, weights, whole_fixture  # noqa: F401
+from distributed_cases import FIT, start, tiny_fixture, weights, whole_fixture  # noqa: F401
 from two_processes import ENVIRONMENT
 
 
