@@ -1,4 +1,4 @@
-"""Rows and garbage of the tests of mathematical answers."""
+"""Rows of mathematical tasks, and phrases that give an answer."""
 
 from pathlib import Path
 

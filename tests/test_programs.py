@@ -5,10 +5,11 @@ import json
 import pytest
 from conftest import assert_linear
 from program_cases import (
+    HUMANEVAL,
+    MBPP_ROWS,
     box_fixture,  # noqa: F401
     isolated,
 )
-from test_code import HUMANEVAL, MBPP_ROWS
 
 from espo_lightning.tasks.checks import asserts, needed_names, split_tests, trusted_setup
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, counting_tests, judge

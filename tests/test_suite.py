@@ -1,5 +1,6 @@
 """The suite itself: its workers agree on what there is to do, and its files can be read."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -8,6 +9,17 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_file_says_what_it_checks_and_can_be_read_at_once(path):
+    """What tests share has a home of its own, so that each of their files can change alone."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in imported if name and name.startswith("test_")]
 
 
 @pytest.mark.slow
