@@ -1,7 +1,7 @@
 """Callbacks and flags that Lightning itself gives up on: one message, no traceback, and the command that resumes."""
 
 import pytest
-from test_runs import TINY, ends, refused, tiny  # noqa: F401
+from run_cases import ends, refused, tiny_fixture  # noqa: F401
 
 from espo_lightning import fit
 
@@ -10,7 +10,7 @@ NOTHING = ["EarlyStopping"], ["ModelCheckpoint", "every_n_train_steps=1"]
 
 
 @pytest.mark.parametrize("callback", NOTHING, ids=lambda given: given[0])
-def test_a_metric_that_there_is_not_is_one_message(callback, tiny, tmp_path, capsys):  # noqa: F811
+def test_a_metric_that_there_is_not_is_one_message(callback, tiny, tmp_path, capsys):
     name, *settings = callback
     given = [f"--trainer.callbacks.{value}" for value in ("monitor=nothing", *settings)]
     run_dir = tmp_path / "run"
@@ -23,13 +23,13 @@ def test_a_metric_that_there_is_not_is_one_message(callback, tiny, tmp_path, cap
 
 
 @pytest.mark.parametrize("value", ["-1", "0", "-2"])
-def test_devices_that_a_cpu_has_not_are_refused(value, tiny, tmp_path, capsys):  # noqa: F811
+def test_devices_that_a_cpu_has_not_are_refused(value, tiny, tmp_path, capsys):
     message = refused(capsys, fit, *tiny, f"--run_dir={tmp_path / 'run'}", f"--trainer.devices={value}")
     assert "devices" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_written_as_yaml_is_refused(tiny, tmp_path, capsys):  # noqa: F811
+def test_what_cannot_be_written_as_yaml_is_refused(tiny, tmp_path, capsys):
     """Lightning's Timer has an enumeration among its defaults; --trainer.max_time is the same."""
     timer = ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:00:00:01"]
     assert "Timer" in refused(capsys, fit, *tiny, f"--run_dir={tmp_path / 'run'}", *timer)

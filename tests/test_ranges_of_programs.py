@@ -5,10 +5,10 @@ import math
 from typing import get_type_hints
 
 import pytest
-from test_ranges import NUMBERS, ONE, SEED, Real, numbers_of
-from test_runs import SFT, TINY, refused
+from range_cases import ONE, SEED, Real, numbers_of
+from run_cases import SFT, TINY, refused
 
-from espo_lightning import cost, evaluate, export, fit, notebooks, sft
+from espo_lightning import evaluate, export, fit, notebooks, sft
 from espo_lightning.training.signals import Signals
 
 TRAINING = {
@@ -19,13 +19,8 @@ TRAINING = {
     "threads": ONE,
 }
 FLAGS = {fit: [*TINY, "--data.batches=1"], sft: [*SFT, "--data.batches=1"]}
-# the functions behind the other programs; test_ranges.py tries those of the first two on the functions themselves
-FUNCTIONS = {
-    evaluate.evaluate: NUMBERS[evaluate.evaluate][1],
-    cost.cost: NUMBERS[cost.cost][1],
-    export.export: {},
-    notebooks.execute: {"seeds": ONE, "processes": ONE},
-}
+# the functions behind the other programs; test_ranges.py has those of evaluate and cost
+FUNCTIONS = {export.export: set(), notebooks.execute: {"seeds", "processes"}}
 
 
 @pytest.mark.parametrize("program", FLAGS)
@@ -54,7 +49,7 @@ def test_nonsense_is_refused_and_named(program, name, tmp_path, capsys):
 
 def test_every_number_of_the_other_programs_has_its_range():
     for function, ranges in FUNCTIONS.items():
-        assert numbers_of(function) - {"parameters"} == set(ranges), function
+        assert numbers_of(function) == ranges, function
         assert set(get_type_hints(function)) >= set(inspect.signature(function).parameters)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import SFT, TINY, checkpoint, ends, refused, tiny  # noqa: F401
+from run_cases import SFT, checkpoint, ends, refused, tiny_fixture  # noqa: F401
 
 import espo_lightning
 from espo_lightning import evaluate, fit, new_policy, sft
@@ -98,7 +98,7 @@ def test_a_user_and_the_environment_come_first_then_the_run_so_far(small, monkey
         assert choose_threads(3, small) == 3
 
 
-def test_fit_says_it_and_a_resume_keeps_it_or_says_what_changed(tiny, tmp_path, capsys):  # noqa: F811
+def test_fit_says_it_and_a_resume_keeps_it_or_says_what_changed(tiny, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert ends(fit, *tiny, "--data.batches=2", "--checkpoint_every=1", "--threads=2", f"--run_dir={run_dir}") == 0
     assert "computing with 2 threads of the CPU" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_fit_says_it_and_a_resume_keeps_it_or_says_what_changed(tiny, tmp_path, 
     assert summary["threads"] == 1
 
 
-def test_one_thread_asked_for_where_one_was_chosen_is_no_change(tiny, tmp_path, capsys):  # noqa: F811
+def test_one_thread_asked_for_where_one_was_chosen_is_no_change(tiny, tmp_path, capsys):
     run_dir = tmp_path / "run"
     fit.main([*tiny, "--data.batches=1", f"--run_dir={run_dir}"])
     fit.main([f"--ckpt_path={checkpoint(run_dir, 1)}", "--data.batches=2", "--threads=1"])
