@@ -92,7 +92,16 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        return with_short_names(with_advice(super().init_parser(**kwargs)))
+        parser = with_short_names(with_advice(super().init_parser(**kwargs)))
+        refuse = parser.error
+
+        def error(*message):
+            if self.signals.at_once:  # a library has made an error of it
+                raise Stopped
+            return refuse(*message)
+
+        parser.error = error
+        return parser
 
     def add_arguments_to_parser(self, parser) -> None:
         add = parser.add_argument
@@ -279,8 +288,6 @@ class TrainingCLI(LightningCLI):
     def extra_callbacks(self) -> list[Callback]:
         """Callbacks of a subclass."""
         return []
-
-    # ---- the run ---------------------------------------------------------------------------------------
 
     def announce(self, *lines: str) -> None:
         """Say what is about to begin, on the screen and, with all settings, to the loggers."""

@@ -27,6 +27,16 @@ def _of_a_callback(error: Exception) -> bool:
     return Path(innermost).parent == Path(callbacks.__file__).parent
 
 
+def _stopped(signals: Signals, cli: "TrainingCLI | None") -> SystemExit:
+    """Say what a signal left behind; the exit that follows."""
+    first = rank_zero_only.rank == 0
+    if first:
+        left = "nothing was written" if cli is None else cli.left_behind()
+        sys.stdout.write(f"\nstopped by {NAMES[signals.received]}; {left}\n")
+    # another code than 0 from a process that Lightning started would have all others killed
+    return SystemExit(exit_code(signals.received) if first else 0)
+
+
 def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingCLI"], None]) -> None:
     """Run a training program from its first line to its exit code, whatever happens when.
 
@@ -38,13 +48,12 @@ def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingC
             cli = make(signals)
             work(cli)
         except Stopped:
-            first = rank_zero_only.rank == 0
-            if first:
-                left = "nothing was written" if cli is None else cli.left_behind()
-                sys.stdout.write(f"\nstopped by {NAMES[signals.received]}; {left}\n")
-            # another code than 0 from a process that Lightning started would have all others killed
-            raise SystemExit(exit_code(signals.received) if first else 0) from None
-        except Exception as error:
+            raise _stopped(signals, cli) from None
+        except (Exception, SystemExit) as error:
+            if signals.at_once:  # it was raised inside of a library, which made another error of it
+                raise _stopped(signals, cli) from None
+            if isinstance(error, SystemExit):
+                raise
             if cli is not None and rank_zero_only.rank == 0:
                 sys.stderr.write(f"\n{type(error).__name__}: {error}\n{cli.left_behind()}\n")
             if isinstance(error, EXPECTED) or _of_a_callback(error):
