@@ -2,12 +2,16 @@
 
 The site is more than ``docs/``. The README is its home page, the other Markdown files and the notebooks of the
 repository are pages at their own paths, and every other file that a page links to becomes one too, so that no link
-leaves the site for a repository. The API reference has a page per folder of the package. Formulas become MathML when the site is built.
+leaves the site for a repository. The API reference has a page per folder of the package.
+Formulas become MathML when the site is built.
 """
 
 import posixpath
 import re
 import sys
+import unicodedata
+from contextlib import suppress
+from html import unescape
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -126,16 +130,29 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+def mathml(tex: str, display: bool) -> str:
+    """A formula as MathML, of which browsers read no ``mathvariant``: such letters become characters of their own."""
+
+    def letter(match: re.Match) -> str:
+        style = {"script": "SCRIPT", "double-struck": "DOUBLE-STRUCK"}[match[1]]
+        for name in (f"MATHEMATICAL {style} CAPITAL {match[2]}", f"{style} CAPITAL {match[2]}"):
+            with suppress(KeyError):
+                return f"<mi>{unicodedata.lookup(name)}</mi>"
+        raise PluginError(f"no {style} {match[2]} in {tex!r}")
+
+    made = convert(tex, display="block" if display else "inline")
+    made = made.replace("<mi>&#x029F5;</mi>", "<mo>\\</mo>")  # set minus, whose own character few fonts have
+    made = re.sub(r'<mi mathvariant="(script|double-struck)">(\w)</mi>', letter, made)
+    return f'<div class="formula">{made}</div>' if display else made
+
+
 def on_page_content(html: str, page, config, files) -> str:
     """Formulas as MathML."""
 
     def formula(match: re.Match) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        tex = match[2].strip()[2:-2]
-        for name, character in (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
-            tex = tex.replace(name, character)
+        tex = unescape(match[2]).strip()[2:-2]  # without \\( and \\)
         try:
-            return convert(tex, display=display)
+            return mathml(tex, match[1] == "div")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: no MathML of {tex!r}: {error}") from error
 
