@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint notebooks deepspeed reasoning-gym env
+.PHONY: run test lint notebooks docs deepspeed reasoning-gym env
 run: env
 	$(BIN)/python -m espo_lightning.fit
 
@@ -17,6 +17,12 @@ lint: env
 # all of them at full scale, in place; NOTEBOOKS="--name=01" runs one, --reduced=true a quick check
 notebooks: env
 	$(BIN)/python -m espo_lightning.notebooks $(NOTEBOOKS)
+
+# the documentation, as a site in build/site, and its test: every link, and in a Chromium if there is one every page
+docs: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -m slow tests/test_site.py tests/test_front.py
 
 # the tests of an optional package, which stays in the environment; it builds only where torch is
 deepspeed: env

@@ -1,0 +1,141 @@
+"""The front door: the README's size and words, its five lines, its numbers and its picture; commands, metrics, names."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import espo_lightning
+from espo_lightning import tasks
+from espo_lightning.lab.unmasking import picture
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT / "website"))
+
+import commands  # noqa: E402
+import results  # noqa: E402
+
+
+def test_the_readme_takes_ten_minutes():
+    assert len((ROOT / "README.md").read_bytes()) <= 10_240
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", prose):
+        assert paragraph.startswith("|") or len(paragraph.splitlines()) <= 5, paragraph
+    assert max(map(len, re.sub(r"(?m)^\|.*$", "", README).splitlines())) <= 120
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_of_python_train(tmp_path, monkeypatch):
+    """The README's and those of the first run, with one rollout in the place of ten."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(from lightning .*?)```", README, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    assert code in (DOCS / "first_run.md").read_text()
+    names: dict = {}
+    exec(code.replace("batches=10", "batches=1, batch_size=2"), names)
+    before = espo_lightning.load_policy("bundled:sudoku").state_dict()
+    after = names["module"].policy.state_dict()
+    assert names["module"].rollouts == 1
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_table_of_results_is_that_of_the_kept_runs():
+    assert results.table() in README, "python website/results.py prints the table"
+    page = (DOCS / "results.md").read_text()
+    for run in results.kept():
+        row = f"| {run['seed']} | {run['before']['exact']:.3f} | {results.interval(run['after'])} |"
+        assert row in page, row
+
+
+def test_the_picture_is_what_the_decoder_returned():
+    record = json.loads((DOCS / "unmasking.json").read_text())
+    assert picture(record) == (DOCS / "unmasking.svg").read_text()
+    assert (record["before"]["verdict"]["exact"], record["after"]["verdict"]["exact"]) == (0.0, 1.0)
+    problem = tasks.Sudoku().problem("test", 0, record["index"])
+    assert (problem.prompt, problem.answer) == (record["puzzle"], record["answer"])
+    for made in (record["before"], record["after"]):
+        assert sorted(made["steps"]) == list(range(16))
+        assert problem.verify(made["text"]) == made["verdict"]
+
+
+# ---- commands and metrics -------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_commands_is_current():
+    assert (DOCS / "commands.md").read_text() == commands.page(), "python website/commands.py > docs/commands.md"
+
+
+HIDDEN = {"--help", "--print_config", "--seed_everything", "--trainer", "--model", "--data", "--data.seed", "--model.seed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [module.__name__ for module in commands.command_modules()])
+def test_every_flag_of_help_is_on_the_page(module):
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True).stdout
+    flags = set(re.findall(r"(?m)^ +(?:-\w[ ,\w]*)?(--[\w.]+)", shown))
+    page = (DOCS / "commands.md").read_text()
+    (section,) = re.findall(rf"## `python -m {module}`\n(.*?)(?=\n## )", page, flags=re.DOTALL)
+    wanted = {f for f in flags - HIDDEN if not f.endswith(".help") and not f.startswith("--trainer.")}
+    assert wanted
+    assert {flag for flag in wanted if f"`{flag}`" not in section} == set()
+
+
+def objectives() -> list[espo_lightning.Objective]:
+    found = [getattr(espo_lightning, name) for name in espo_lightning.__all__]
+    classes = [thing for thing in found if inspect.isclass(thing) and issubclass(thing, espo_lightning.Objective)]
+    return [cls() for cls in classes if not inspect.isabstract(cls)]
+
+
+def test_the_dictionary_has_what_every_objective_logs():
+    explained = (DOCS / "metrics.md").read_text()
+    values = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    scores = espo_lightning.Scores(*values, torch.ones(2, 4, 5), torch.full((4,), 5))
+    for objective in objectives():
+        _, statistics = objective(scores, torch.tensor([1.0, -1.0, 0.5, -0.5]), 2)
+        assert statistics
+        for name in statistics:
+            assert f"`train/{name}`" in explained, name
+
+
+# ---- public names ---------------------------------------------------------------------------------------------------
+
+PUBLIC = {
+    name: thing
+    for package in (espo_lightning, tasks)
+    for name in package.__all__
+    if inspect.isclass(thing := getattr(package, name)) or inspect.isfunction(thing)
+}
+LIGHTNING = {"FSDP", "FSDP2", "DeepSpeed", "ESPOModule", "PromptDataModule"}  # whose methods are Lightning's hooks
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_says_what_it_is(name):
+    thing = PUBLIC[name]
+    words = inspect.getdoc(thing)
+    assert words
+    assert not words.startswith(f"{name}("), "what dataclass writes by itself"
+    first = words.split("\n\n")[0].split("\n    ")[0].rstrip()
+    assert first.endswith((".", ":", ";")) or words.count("\n"), first
+    if inspect.isclass(thing) and name not in LIGHTNING:
+        for method, value in vars(thing).items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if not method.startswith("_") and inspect.isfunction(function):
+                assert inspect.getdoc(getattr(thing, method)), f"{name}.{method}"
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isclass(thing)])
+def test_every_argument_of_a_public_class_is_explained(name):
+    thing = PUBLIC[name]
+    own = [cls.__doc__ or "" for cls in thing.__mro__ if cls.__module__.startswith("espo_lightning")]
+    explained = commands.described(thing)
+    if name in ("FSDP", "FSDP2"):  # which pass Lightning's on, and say so
+        return
+    for argument in inspect.signature(thing).parameters:
+        assert argument in explained or any(re.search(rf"\b{argument}\b", text) for text in own), argument
