@@ -1,4 +1,4 @@
-"""The front door: the README's size and words, its five lines, its numbers and its picture; commands, metrics, names."""
+"""The front door: the README's size, five lines, numbers and picture; pages of commands and metrics; public names."""
 
 import inspect
 import json
@@ -12,7 +12,6 @@ import torch
 
 import espo_lightning
 from espo_lightning import tasks
-from espo_lightning.lab.unmasking import picture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +20,7 @@ sys.path.insert(0, str(ROOT / "website"))
 
 import commands  # noqa: E402
 import results  # noqa: E402
+from picture import picture  # noqa: E402
 
 
 def test_the_readme_takes_ten_minutes():
@@ -72,7 +72,16 @@ def test_the_page_of_commands_is_current():
     assert (DOCS / "commands.md").read_text() == commands.page(), "python website/commands.py > docs/commands.md"
 
 
-HIDDEN = {"--help", "--print_config", "--seed_everything", "--trainer", "--model", "--data", "--data.seed", "--model.seed"}
+HIDDEN = {
+    "--help",
+    "--print_config",
+    "--seed_everything",
+    "--trainer",
+    "--model",
+    "--data",
+    "--data.seed",
+    "--model.seed",
+}
 
 
 @pytest.mark.slow

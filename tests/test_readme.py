@@ -95,7 +95,9 @@ def test_the_objective_of_its_page_is_all_it_takes(tmp_path):
     (code,) = re.findall(r"```python\n# my_objectives.py\n(.*?)```", PAGES["own_objective"], flags=re.DOTALL)
     assert len(code.splitlines()) <= 25
     (tmp_path / "my_objectives.py").write_text(code)
-    (flags,) = re.findall(r"`python -m espo_lightning.fit (--model.objective=my_objectives[^`]*)`", PAGES["own_objective"])
+    (flags,) = re.findall(
+        r"`python -m espo_lightning.fit (--model.objective=my_objectives[^`]*)`", PAGES["own_objective"]
+    )
     command = [sys.executable, "-m", "espo_lightning.fit", *flags.split(), "--run_dir=run", *SMALL]
     sizes = ["--data.eval_problems=2", "--data.eval_batch_size=2"]
     done = subprocess.run([*command, *sizes], cwd=tmp_path, capture_output=True, text=True, check=False)

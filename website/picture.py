@@ -1,6 +1,6 @@
 """The picture of a canvas being unmasked, before and after training.
 
-``python -m espo_lightning.lab.unmasking --after RUN/policy --output docs/unmasking`` decodes held-out Sudoku puzzles
+``python website/picture.py --after RUN/policy --output docs/unmasking`` decodes held-out Sudoku puzzles
 with both policies, takes the first that is wrong before and right after, and writes what the decoder returned
 (``unmasking.json``) and the picture of it (``unmasking.svg``).
 """
@@ -125,4 +125,4 @@ def draw(after: str, output: str, before: str = "bundled:sudoku", problems: int 
 
 
 if __name__ == "__main__":
-    run(draw, "espo_lightning.lab.unmasking", None)
+    run(draw, "website.picture", None)
