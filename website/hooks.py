@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "website")]
 
 from api import api_pages  # noqa: E402
+from graph import drawing  # noqa: E402
 from notebook_pages import notebook_page  # noqa: E402
 
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
@@ -128,6 +129,11 @@ def on_files(files: Files, config) -> Files:
         files.append(File.generated(config, uri, content=content))
     files.append(File.generated(config, "style.css", abs_src_path=str(ROOT / "website/style.css")))
     return files
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Mermaid graphs as SVG."""
+    return re.sub(r"```mermaid\n(.*?)```", lambda match: drawing(match[1]), markdown, flags=re.DOTALL)
 
 
 def mathml(tex: str, display: bool) -> str:

@@ -71,9 +71,9 @@ def written(path: Path) -> str:
 
     def made(match: re.Match) -> str:
         table = overview() if match[1] == "overview" else by_seed(match[1])
-        return f"<!-- results: {match[1]} -->\n{table}\n"
+        return f"<!-- results: {match[1]} -->\n\n{table}\n"
 
-    return re.sub(r"<!-- results: (\w+) -->\n(?:\|.*\n)*", made, path.read_text())
+    return re.sub(r"<!-- results: (\w+) -->\n+(?:\|.*\n)*", made, path.read_text())
 
 
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
