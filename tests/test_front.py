@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "website"))
 
 import commands  # noqa: E402
+import graph  # noqa: E402
 import results  # noqa: E402
 from picture import picture  # noqa: E402
 
@@ -33,13 +34,15 @@ def test_the_readme_takes_ten_minutes():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_lines_of_python_train(tmp_path, monkeypatch):
-    """The README's and those of the first run, with one rollout in the place of ten."""
+    """The README's, which those of the first run begin with; one small rollout in the place of ten."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(from lightning .*?)```", README, flags=re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) <= 5
-    assert code in (DOCS / "first_run.md").read_text()
+    (five,) = re.findall(r"```python\n(from lightning .*?)```", README, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(from lightning .*?)```", (DOCS / "first_run.md").read_text(), flags=re.DOTALL)
+    assert len([line for line in five.splitlines() if line]) <= 5
+    assert code.startswith(five)
     names: dict = {}
     exec(code.replace("batches=10", "batches=1, batch_size=2"), names)
+    assert espo_lightning.load_policy("my_policy").mask_id == names["module"].policy.mask_id
     before = espo_lightning.load_policy("bundled:sudoku").state_dict()
     after = names["module"].policy.state_dict()
     assert names["module"].rollouts == 1
@@ -146,3 +149,14 @@ def test_every_argument_of_a_public_class_is_explained(name):
         return
     for argument in inspect.signature(thing).parameters:
         assert argument in explained or any(re.search(rf"\b{argument}\b", text) for text in own), argument
+
+
+def test_the_site_draws_every_arrow_of_the_rooms():
+    """graph.py does it, as Mermaid's script would come from another server."""
+    (mermaid,) = re.findall(r"```mermaid\n(.*?)```", (DOCS / "structure.md").read_text(), flags=re.DOTALL)
+    arrows = re.findall(r"(\w+) --> (\w+)", mermaid)
+    level = {name: i for i, row in enumerate(graph.layers(arrows)) for name in row}
+    assert all(level[above] < level[below] for above, below in arrows)
+    svg = graph.drawing(mermaid)
+    assert svg.count("marker-end") == len(arrows)
+    assert all(f">{name}</text>" in svg for name in level)

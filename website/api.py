@@ -1,5 +1,7 @@
 """The API reference: one page per folder of the package, with every public name that is defined there."""
 
+from functools import cache
+
 import espo_lightning
 from espo_lightning import tasks
 
@@ -21,6 +23,7 @@ FOLDERS = {
 }
 
 
+@cache
 def public() -> dict[str, str]:
     """Every public name with the path at which it is defined."""
     found = {}

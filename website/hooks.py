@@ -21,7 +21,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "website")]
 
-from api import api_pages  # noqa: E402
+from api import api_pages, public  # noqa: E402
 from graph import drawing  # noqa: E402
 from notebook_pages import notebook_page  # noqa: E402
 
@@ -152,8 +152,23 @@ def mathml(tex: str, display: bool) -> str:
     return f'<div class="formula">{made}</div>' if display else made
 
 
+def linked_names(html: str, url: str) -> str:
+    """The public names in running text of a page of the reference, with links to where they are explained."""
+
+    def link(match: re.Match) -> str:
+        path = public().get(match[1])
+        if path is None:
+            return match[0]
+        place = posixpath.relpath(f"api/{path.split('.')[1]}.html", posixpath.dirname(url) or ".")
+        return f'<a href="{place}#{path}">{match[0]}</a>'
+
+    return re.sub(r"(?<!>)<code>(\w+)</code>", link, html)  # behind a tag, it may stand in a link or a heading
+
+
 def on_page_content(html: str, page, config, files) -> str:
-    """Formulas as MathML."""
+    """Formulas as MathML, and links within the reference."""
+    if page.url.startswith("api/") or page.url == "commands.html":
+        html = linked_names(html, page.url)
 
     def formula(match: re.Match) -> str:
         tex = unescape(match[2]).strip()[2:-2]  # without \\( and \\)
