@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from espo_lightning.training.command_line import run
-from espo_lightning.training.screen import quiet
+from espo_lightning.training.quiet import quiet
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on

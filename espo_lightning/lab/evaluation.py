@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder
@@ -14,7 +13,6 @@ from espo_lightning.policies.fingerprint import fingerprint
 from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
-from espo_lightning.training.strategies import weights_in
 
 
 def solve(
@@ -37,6 +35,10 @@ def load_weights(policy: Policy, checkpoint: str) -> None:
     Raises:
         ValueError: it is no such checkpoint, one of another architecture, or of adapters for another base.
     """
+    import torch.distributed.checkpoint as dcp
+
+    from espo_lightning.training.strategies import weights_in  # Lightning, which nothing else here needs
+
     path = Path(checkpoint)
     frozen = {f"policy.{n}": p for n, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
     weights = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
