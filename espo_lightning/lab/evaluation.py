@@ -23,6 +23,21 @@ def solve(
     return texts, judge_all(problems, texts, must_work=must_work)
 
 
+def place(policy: Policy, device: str, local: int = 0) -> None:
+    """Put a policy on a device, "auto" = GPU number ``local`` or the CPU if there is none, in eval mode.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        policy.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:  # torch built without it, or no such name
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} is not possible ({reason}): use auto, cpu, or cuda:0 and so on") from error
+
+
 def as_json(decoding: Decoding) -> dict:
     """The settings as plain data, functions by their import path."""
     values = {field.name: getattr(decoding, field.name) for field in fields(decoding)}
