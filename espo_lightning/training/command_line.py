@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 import espo_lightning  # names only: what they stand for is imported when it is used
+from espo_lightning.shipped import found
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
 
@@ -58,7 +59,8 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths.
+    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths, and its own
+    experiments after ``--config`` as the files that they are.
 
     Classes have short names in jsonargparse already. A name is taken for a function's only where one is expected.
     """
@@ -68,6 +70,8 @@ def spelt_out(argv: list[str]) -> list[str]:
         flag = head if equals else before  # whose value this is
         if value in functions() and flag.rsplit(".", 1)[-1].removeprefix("--") in functions_expected():
             argument = f"{head}{equals}{functions()[value]}"
+        elif flag == "--config" and value:
+            argument = f"{head}{equals}{found(value)}"
         before = "" if equals else head
         spelt.append(argument)
     return spelt
