@@ -49,7 +49,7 @@ def push(
         )
     called = name or (repo or folder.resolve().name).rsplit("/", 1)[-1]
     path = folder / "policy" / "README.md"
-    path.write_text(card(made, called, licence or "apache-2.0", notes), encoding="utf-8")
+    path.write_text(card(made, called, licence or "apache-2.0", notes, repo), encoding="utf-8")
     if repo is not None:
         upload(folder / "policy", repo, private)
     return path

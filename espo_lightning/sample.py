@@ -34,7 +34,7 @@ AGAIN = "/new"  # begins another conversation
 def sample(
     policies: str | list[str] = [BEFORE, AFTER],  # noqa: B006, as it is only read
     task: Task = Sudoku(),
-    problem: int = 0,
+    problem: int = 1,
     split: Literal["test", "train"] = "test",
     prompt: str | None = None,
     samples: int = 1,
@@ -54,7 +54,7 @@ def sample(
     Args:
         policies: a folder, hub id or ``bundled:NAME``, or a list of them, ``[bundled:sudoku,RUN/policy]``.
         task: where the problem comes from.
-        problem: its number.
+        problem: its number; the default is the first one that the trained of the two policies solves and the other does not.
         split: of the problem.
         prompt: another prompt than the problem's; then nothing is judged.
         samples: completions of every policy; with one, they are greedy.

@@ -65,13 +65,14 @@ def base_of(settings: dict) -> str:
     return str((settings["model"]["policy"].get("init_args") or {}).get("path", ""))
 
 
-def card(made: Made, name: str, licence: str, notes: str = "") -> str:
+def card(made: Made, name: str, licence: str, notes: str = "", where: str | None = None) -> str:
     """The README.md of a policy on the hub.
 
     Args:
         name: what the model is called.
         licence: the hub's name of one, such as apache-2.0.
         notes: what a reader should know beyond the files, as Markdown.
+        where: what `load_policy` opens it by, if that is known.
 
     Returns:
         Metadata between two lines of dashes, then Markdown.
@@ -89,7 +90,7 @@ def card(made: Made, name: str, licence: str, notes: str = "") -> str:
         tags=[*tags, f"arxiv:{PAPER}"],
         eval_results=results_of(made) or None,
     )
-    parts = [f"# {name}", _what(made, base), _measured(made), _how(made), notes, _settings(made)]
+    parts = [f"# {name}", _what(made, base), _measured(made), _how(made, where), notes, _settings(made)]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -158,8 +159,8 @@ def _cell(numbers: dict, key: str) -> str:
     return f"{numbers[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _how(made: Made) -> str:
-    opened = 'load_policy("PATH OR HUB ID OF THIS FOLDER")'
+def _how(made: Made, where: str | None) -> str:
+    opened = f'load_policy("{where or "PATH OF THIS FOLDER"}")'
     lines = ["## Use", "", "```python", "from espo_lightning import load_policy", "", f"policy = {opened}", "```"]
     if made.adapters:
         lines += ["", "The folder holds adapters alone; they are put on the base that `adapter_config.json` names."]

@@ -103,13 +103,15 @@ def legend(colour: str) -> str:
 
 
 def verdicts(unmaskings: Iterable[Unmasking]) -> list[str]:
-    """A line per completion that was judged: its metrics, the reward first."""
+    """A line per completion that was judged: right or wrong where that is known, its reward, its other metrics."""
     shown = [one for one in unmaskings if one.verdict]
     width = max((len(one.policy) for one in shown), default=0)
     lines = []
     for one in shown:
-        metrics = {"reward": one.verdict["reward"], **{k: v for k, v in one.verdict.items() if v or k == "exact"}}
-        lines.append(f"{one.policy:{width}}  " + "  ".join(f"{k} {v:.3g}" for k, v in metrics.items()))
+        metrics = {"reward": one.verdict["reward"]} | {k: v for k, v in one.verdict.items() if v and k != "exact"}
+        exact = one.verdict.get("exact")
+        word = "" if exact is None else "right  " if exact == 1 else "wrong  "
+        lines.append(f"{one.policy:{width}}  {word}" + "  ".join(f"{k} {v:.3g}" for k, v in metrics.items()))
     return lines
 
 
