@@ -54,7 +54,7 @@ def sample(
     Args:
         policies: a folder, hub id or ``bundled:NAME``, or a list of them, ``[bundled:sudoku,RUN/policy]``.
         task: where the problem comes from.
-        problem: its number; the default is the first one that the trained of the two policies solves and the other does not.
+        problem: its number; the default is the first one that only the trained of the two policies solves.
         split: of the problem.
         prompt: another prompt than the problem's; then nothing is judged.
         samples: completions of every policy; with one, they are greedy.

@@ -50,14 +50,19 @@ def read_run(run: Path, evaluations: list[str]) -> Made:
     if not (run / "config.yaml").is_file() or not (run / "policy").is_dir():
         raise ValueError(f"run {run} is no folder of a finished run: it must hold config.yaml and policy/")
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    summary = run / "summary.json"
-    content = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    results = []
-    for path in evaluations:
-        results.append(json.loads(Path(path).read_text(encoding="utf-8")))
-        if not {"ci95", "n", "settings"} <= results[-1].keys():
+    summary = _read(run / "summary.json") if (run / "summary.json").is_file() else {}
+    results = [_read(Path(path)) for path in evaluations]
+    for path, result in zip(evaluations, results):
+        if not {"ci95", "n", "settings"} <= result.keys():
             raise ValueError(f"{path} is no result of espo_lightning.evaluate: it lacks ci95, n or settings")
-    return Made(settings, content, results, adapters=(run / "policy" / "adapter_config.json").is_file())
+    return Made(settings, summary, results, adapters=(run / "policy" / "adapter_config.json").is_file())
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
 
 
 def base_of(settings: dict) -> str:
