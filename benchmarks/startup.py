@@ -34,7 +34,7 @@ COMMANDS = {
     **{f"{name} --help": ["-m", f"espo_lightning.{name}", "--help"] for name in ("export", "notebooks")},
     "fit --print_config": ["-m", "espo_lightning.fit", "--print_config"],
     "fit, misspelt flag": ["-m", "espo_lightning.fit", "--modle.updates=1"],
-    "evaluate, misspelt flag": ["-m", "espo_lightning.evaluate", "--problem=1"],
+    "evaluate, misspelt flag": ["-m", "espo_lightning.evaluate", "--polcy.path=x"],
     "cost": ["-m", "espo_lightning.cost"],
     "fit, first rollout": ["-c", FIRST_ROLLOUT],
     "sudoku, 1st problem": ["-c", "from espo_lightning.tasks.sudoku import Sudoku; Sudoku().problem('train', 0, 0)"],
