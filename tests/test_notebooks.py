@@ -202,7 +202,7 @@ def test_runner(folder, tmp_path, capsys):
         ({"parameters": {"aa": 3}}, "notebook 01_it has no parameter aa; it has: a, results"),
         ({"seeds": 3}, "has no parameter seeds"),
         ({"name": "02"}, "no notebook in notebooks starts with '02'; there are: 01_it"),
-        ({"folder": "elsewhere"}, "they are not installed with the package, but are in its repository"),
+        ({"folder": "elsewhere"}, "name theirs with --folder, or leave it out for those of the package"),
     ],
 )
 def test_runner_refuses(folder, arguments, message):
@@ -425,11 +425,3 @@ def test_a_kept_result_is_of_the_same_source_assets_and_versions(tmp_path, monke
     monkeypatch.setattr(notebooks, "version", lambda package: "0.0")
     digests.append(notebooks.made_of(tmp_path).hexdigest())
     assert len(set(digests)) == 4
-
-
-def test_outside_of_a_clone_one_is_told_where_the_notebooks_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        main([])
-    assert error.value.code == 2
-    assert "not installed with the package, but are in its repository" in " ".join(capsys.readouterr().err.split())
