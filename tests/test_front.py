@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "website"))
 
 import commands  # noqa: E402
 import graph  # noqa: E402
+import picture  # noqa: E402
 import results  # noqa: E402
-from picture import picture  # noqa: E402
 
 
 def test_the_readme_takes_ten_minutes():
@@ -55,15 +55,11 @@ def test_tables_of_results_are_those_of_the_kept_runs(page):
     assert page.read_text().count("<!-- results: ") in (1, 2)
 
 
-def test_the_picture_is_what_the_decoder_returned():
-    record = json.loads((DOCS / "unmasking.json").read_text())
-    assert picture(record) == (DOCS / "unmasking.svg").read_text()
-    assert (record["before"]["verdict"]["exact"], record["after"]["verdict"]["exact"]) == (0.0, 1.0)
-    problem = tasks.Sudoku().problem("test", 0, record["index"])
-    assert (problem.prompt, problem.answer) == (record["puzzle"], record["answer"])
-    for made in (record["before"], record["after"]):
-        assert sorted(made["steps"]) == list(range(16))
-        assert problem.verify(made["text"]) == made["verdict"]
+def test_the_picture_is_what_the_decoder_returns():
+    stored = json.loads((DOCS / "unmasking.json").read_text())
+    assert picture.record() == stored, "python website/picture.py"
+    assert picture.picture(stored) == (DOCS / "unmasking.svg").read_text()
+    assert (stored["before"]["verdict"]["exact"], stored["after"]["verdict"]["exact"]) == (0.0, 1.0)
 
 
 # ---- commands and metrics -------------------------------------------------------------------------------------------
@@ -94,7 +90,8 @@ def test_every_flag_of_help_is_on_the_page(module):
     (section,) = re.findall(rf"## `python -m {module}`\n(.*?)(?=\n## )", page, flags=re.DOTALL)
     wanted = {f for f in flags - HIDDEN if not f.endswith(".help") and not f.startswith("--trainer.")}
     assert wanted
-    assert {flag for flag in wanted if f"`{flag}`" not in section} == set()
+    missing = {flag for flag in wanted if f"`{flag}`" not in (page if "." in flag else section)}
+    assert missing == set()
 
 
 def objectives() -> list[espo_lightning.Objective]:

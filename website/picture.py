@@ -1,41 +1,32 @@
-"""The picture of a canvas being unmasked, before and after training.
+"""The picture of a canvas being unmasked, before and after training, in the README.
 
-``python website/picture.py --after RUN/policy --output docs/unmasking`` decodes held-out Sudoku puzzles
-with both policies, takes the first that is wrong before and right after, and writes what the decoder returned
-(``unmasking.json``) and the picture of it (``unmasking.svg``).
+``python website/picture.py`` decodes held-out Sudoku puzzles greedily with both policies, takes the first that is wrong
+before and right after, and writes what the decoder returned (``docs/unmasking.json``) and the picture of it
+(``docs/unmasking.svg``). A test makes both again.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from espo_lightning.decoding.masked import Decoding
-from espo_lightning.keys import fold_in
+from espo_lightning.lab.unmasking import fitting, keys_of, unmask
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks.base import Problem
+from espo_lightning.tasks.judge import judge
 from espo_lightning.tasks.sudoku import Sudoku
-from espo_lightning.training.command_line import run
 
+DOCS = Path(__file__).parents[1] / "docs"
 CELL, GAP, LEFT, TOP = 23, 22, 96, 34  # pixels: a cell, the space between grids, and the margins for words
 GIVEN, SHOWN, RIGHT, WRONG, MASKED = "#666666", "#0072B2", "#009E73", "#D55E00", "#BBBBBB"
 MOMENTS = (0, 8, 10, 12, 14, 16)  # denoising steps; the first eight copy the givens, of which the policy is sure
 
 
-def traced(policy: Policy, problem: Problem) -> dict:
-    """A greedy completion: its text, the step that committed each of its letters, and its verdict.
-
-    Raises:
-        ValueError: a token of the completion is not one letter, so that steps and letters do not match.
-    """
-    decoding, keys = Decoding(temperature=0.0), fold_in(0, torch.arange(1))
-    ids, trace = decoding.decode(policy, policy.encode([problem.prompt]), keys)
-    (text,) = policy.decode(ids)
-    if len(text) != decoding.length:
-        raise ValueError(f"{text!r} has {len(text)} letters of {decoding.length} tokens: this picture needs one each")
-    verdict = {name: float(value) for name, value in problem.verify(text).items()}
-    return {"text": text, "steps": trace.steps[0].tolist(), "verdict": verdict}
+def traced(policy: Policy, problem: Problem, index: int) -> dict:
+    """A greedy completion: its text, the step that committed each of its letters, and its verdict."""
+    (made,) = unmask(policy, "", problem.prompt, fitting(policy, 0.0), keys_of(0, index, 1), partial(judge, problem))
+    assert len(made.text) == 16, "one letter per token, as the picture has it"
+    return {"text": made.text, "steps": made.steps, "verdict": made.verdict}
 
 
 def compared(before: Policy, after: Policy, problems: int = 256) -> dict:
@@ -47,10 +38,10 @@ def compared(before: Policy, after: Policy, problems: int = 256) -> dict:
     task = Sudoku()
     for index in range(problems):
         problem = task.problem("test", 0, index)
-        rows = {name: traced(policy, problem) for name, policy in (("before", before), ("after", after))}
+        rows = {name: traced(policy, problem, index) for name, policy in (("before", before), ("after", after))}
         if (rows["before"]["verdict"]["exact"], rows["after"]["verdict"]["exact"]) == (0.0, 1.0):
             return {"index": index, "puzzle": problem.prompt, "answer": problem.answer, **rows}
-    raise ValueError(f"none of {problems} puzzles is wrong before and right after: choose another --after")
+    raise ValueError(f"none of {problems} puzzles is wrong before and right after: train another policy")
 
 
 def picture(record: dict) -> str:
@@ -106,23 +97,12 @@ def _grid(x: int, y: int, record: dict, name: str, moment: int) -> list[str]:
     return parts
 
 
-def draw(after: str, output: str, before: str = "bundled:sudoku", problems: int = 256) -> dict:
-    """Write the record and the picture of two policies on one puzzle.
-
-    Args:
-        after: the trained policy, a folder or hub id.
-        output: where to write, without ``.json`` and ``.svg``.
-        before: the policy that it was trained from.
-        problems: how many held-out puzzles to try.
-
-    Returns:
-        The record.
-    """
-    record = compared(load_policy(before), load_policy(after), problems)
-    Path(f"{output}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    Path(f"{output}.svg").write_text(picture(record), encoding="utf-8")
-    return record
+def record() -> dict:
+    """The record of the bundled policy and of what the default run made of it."""
+    return compared(load_policy("bundled:sudoku"), load_policy("bundled:sudoku_espo"))
 
 
 if __name__ == "__main__":
-    run(draw, "website.picture", None)
+    made = record()
+    (DOCS / "unmasking.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    (DOCS / "unmasking.svg").write_text(picture(made), encoding="utf-8")
