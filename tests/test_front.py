@@ -12,6 +12,7 @@ import torch
 
 import espo_lightning
 from espo_lightning import tasks
+from espo_lightning.__main__ import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -82,7 +83,7 @@ HIDDEN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [module.__name__ for module in commands.command_modules()])
+@pytest.mark.parametrize("module", [f"espo_lightning.{name}" for name in PROGRAMS])
 def test_every_flag_of_help_is_on_the_page(module):
     shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True).stdout
     flags = set(re.findall(r"(?m)^ +(?:-\w[ ,\w]*)?(--[\w.]+)", shown))
