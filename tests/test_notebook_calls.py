@@ -17,7 +17,6 @@ from espo_lightning import notebooks
 from espo_lightning.lab.plots import COLOURS, legend, line, panels, save
 from espo_lightning.notebooks import (
     check_result,
-    main,
     over_arms,
     over_seeds,
     save_result,
