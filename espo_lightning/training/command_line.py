@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -44,6 +45,9 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         if "settings" in signature(function).parameters:
             arguments["settings"] = json.loads(parser.dump(config, format="json", skip_unset=False))
         return function(**arguments)
+    except BrokenPipeError:  # who reads has seen enough, such as ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        raise SystemExit(141) from None
     except BAD_INPUT as error:
         parser.error(str(error))
 
