@@ -180,6 +180,11 @@ def test_make_takes_a_cpu_build_of_torch_where_there_is_no_gpu(tools, settings, 
 # ---- the wheel ---------------------------------------------------------------------------------------
 
 
+def alone():
+    """An environment in which nothing leads to this checkout."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A fresh environment with the wheel, and with this environment's packages behind its own."""
@@ -198,7 +203,7 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True)
+    subprocess.run(install, check=True, env=alone())
     own = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     )
@@ -221,7 +226,7 @@ def test_a_wheel_holds_all_that_its_programs_need(installed):
 def test_an_installed_wheel_works_outside_of_the_clone(installed, tmp_path):
     python = installed[1]
     espo = python.with_name("espo")
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    clean = alone()
 
     def run(*command):
         done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)

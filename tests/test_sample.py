@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -234,6 +236,14 @@ def test_chat_on_a_terminal_shows_the_unmasking(monkeypatch):
     policy, out = new_policy(hidden_size=32, layers=1, heads=2), Terminal()
     sample.converse(policy, fitting(policy, 0.0, length=4), 0, ["hello"], out)
     assert out.getvalue().count(f"{ESCAPE}J") == 4
+
+
+@pytest.mark.slow
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m espo_lightning.sample --policies=bundled:sudoku --samples=40 | head -1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.stdout == "prompt: 3001002014320300\n"
+    assert run.stderr == ""
 
 
 def test_chat_reads_the_standard_input(monkeypatch, capsys):

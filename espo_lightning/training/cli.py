@@ -20,10 +20,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from espo_lightning.tasks.verifiers import BrokenVerifier
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
-from espo_lightning.training.command_line import BAD_INPUT, as_list, option, publish, spelt_out, with_spelling
+from espo_lightning.training.command_line import BAD_INPUT, as_list, helpful, option, publish, spelt_out
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.data_check import check_data
-from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
@@ -122,7 +121,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        return with_spelling(with_advice(super().init_parser(**kwargs)))
+        return helpful(super().init_parser(**kwargs), self.command)
 
     def add_arguments_to_parser(self, parser) -> None:
         add = parser.add_argument

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 import espo_lightning  # names only: what they stand for is imported when it is used
 from espo_lightning.shipped import found
+from espo_lightning.training.kept_help import keeping
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
 
@@ -32,7 +34,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
     rooms = {room(parameter.annotation) for parameter in signature(function).parameters.values()}
     publish(name for name in espo_lightning.__all__ if room(name) in rooms - {""})
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = with_spelling(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
+    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage), command)
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -43,6 +45,9 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         if "settings" in signature(function).parameters:
             arguments["settings"] = json.loads(parser.dump(config, format="json", skip_unset=False))
         return function(**arguments)
+    except BrokenPipeError:  # who reads has seen enough, such as ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        raise SystemExit(141) from None
     except BAD_INPUT as error:
         parser.error(str(error))
 
@@ -75,6 +80,11 @@ def spelt_out(argv: list[str]) -> list[str]:
         before = "" if equals else head
         spelt.append(argument)
     return spelt
+
+
+def helpful(parser: Any, command: str) -> Any:
+    """A parser whose errors say how things are spelt, and whose help need not be made twice."""
+    return keeping(with_spelling(with_advice(parser)), command)
 
 
 def with_spelling(parser: Any) -> Any:
