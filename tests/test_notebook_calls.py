@@ -17,7 +17,6 @@ from espo_lightning import notebooks
 from espo_lightning.lab.plots import COLOURS, legend, line, panels, save
 from espo_lightning.notebooks import (
     check_result,
-    main,
     over_arms,
     over_seeds,
     save_result,
@@ -234,11 +233,3 @@ def test_a_kept_result_is_of_the_same_source_assets_and_versions(tmp_path, monke
     monkeypatch.setattr(notebooks, "version", lambda package: "0.0")
     digests.append(notebooks.made_of(tmp_path).hexdigest())
     assert len(set(digests)) == 4
-
-
-def test_outside_of_a_clone_one_is_told_where_the_notebooks_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        main([])
-    assert error.value.code == 2
-    assert "not installed with the package, but are in its repository" in " ".join(capsys.readouterr().err.split())

@@ -190,7 +190,7 @@ def test_runner(folder, tmp_path, capsys):
         ({"parameters": {"aa": 3}}, "notebook 01_it has no parameter aa; it has: a, results"),
         ({"seeds": 3}, "has no parameter seeds"),
         ({"name": "02"}, "no notebook in notebooks starts with '02'; there are: 01_it"),
-        ({"folder": "elsewhere"}, "they are not installed with the package, but are in its repository"),
+        ({"folder": "elsewhere"}, "name theirs with --folder, or leave it out for those of the package"),
     ],
 )
 def test_runner_refuses(folder, arguments, message):

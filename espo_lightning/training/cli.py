@@ -19,13 +19,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from espo_lightning.ranges import check_numbers
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
-from espo_lightning.training.command_line import BAD_INPUT, as_list, option, spelt_out, with_short_names
+from espo_lightning.training.command_line import BAD_INPUT, as_list, helpful, option, publish, spelt_out
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.data_check import check_data
-from espo_lightning.training.moved import with_advice
+from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
-from espo_lightning.training.screen import progress, quiet
+from espo_lightning.training.screen import progress
 from espo_lightning.training.signals import Stopped
 from espo_lightning.training.strategies import check, check_resume, named
 from espo_lightning.training.threads import Threads, choose_threads, counted
@@ -62,6 +62,7 @@ class TrainingCLI(LightningCLI):
         self.lock: int | None = None  # a descriptor; what is open is held
         self.content: dict = {}  # of the checkpoint from which to go on
         self.changes: resume.Changes = {}
+        publish()
         quiet()
         save_dir_is_optional()
         atexit.register(_leave)
@@ -92,7 +93,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        parser = with_short_names(with_advice(super().init_parser(**kwargs)))
+        parser = helpful(super().init_parser(**kwargs), self.command)
         refuse = parser.error
 
         def error(*message):
@@ -200,8 +201,6 @@ class TrainingCLI(LightningCLI):
         self.claim = Claim(named, self.saved_config)
         self.lock = lock(self.claim.folder)
         return self.claim.folder
-
-    # ---- objects ---------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
         try:

@@ -2,8 +2,9 @@
 
 import inspect
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from inspect import signature
 from typing import Any, get_args, get_origin
@@ -11,8 +12,11 @@ from typing import Any, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
+import espo_lightning  # names only: what they stand for is imported when it is used
+from espo_lightning.shipped import found
+from espo_lightning.training.kept_help import keeping
 from espo_lightning.training.moved import with_advice
-from espo_lightning.training.screen import quiet
+from espo_lightning.training.quiet import quiet
 
 SHORT = "yaml with short names"  # how files are read
 BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
@@ -28,8 +32,10 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         defaults: of parameters whose default cannot stand in the signature.
     """
     quiet()
+    rooms = {room(parameter.annotation) for parameter in signature(function).parameters.values()}
+    publish(name for name in espo_lightning.__all__ if room(name) in rooms - {""})
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = with_short_names(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
+    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage), command)
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -40,6 +46,9 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         if "settings" in signature(function).parameters:
             arguments["settings"] = json.loads(parser.dump(config, format="json", skip_unset=False))
         return function(**arguments)
+    except BrokenPipeError:  # who reads has seen enough, such as ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        raise SystemExit(141) from None
     except BAD_INPUT as error:
         parser.error(str(error))
 
@@ -56,25 +65,33 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """Arguments with short names of this library's functions, ``--model.objective.kl=k3``, as import paths.
+    """Arguments with short names of this library's functions, ``--model.objective.kl=k3``, as import paths, and its
+    own experiments after ``--config`` as the files that they are.
 
     Classes have short names in jsonargparse already. A name is taken for a function's only where one is expected.
     """
-    spelt, expected = [], False
+    spelt, before = [], ""
     for argument in argv:
-        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if expected and not flag:
-            argument = callables().get(value, value)
-        takes = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1] in functions_expected()
-        if equals and takes:
-            argument = f"{flag}={callables().get(value, value)}"
-        expected = bool(flag) and not equals and takes
+        head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        flag = head if equals else before  # whose value this is
+        name = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1]
+        if value in callables() and name in functions_expected():
+            argument = f"{head}{equals}{callables()[value]}"
+        elif flag == "--config" and value:
+            argument = f"{head}{equals}{found(value)}"
+        before = "" if equals else head
         spelt.append(argument)
     return spelt
 
 
+def helpful(parser: Any, command: str) -> Any:
+    """A parser whose errors say how things are spelt, and whose help need not be made twice."""
+    return keeping(with_short_names(with_advice(parser)), command)
+
+
 def spelt_out_in(value: Any, expected: bool = False) -> Any:
     """The same for what was read from a file: short names of functions, where one is expected, as import paths.
+
 
     Args:
         value: any part of the file.
@@ -100,30 +117,39 @@ def with_short_names(parser: Any) -> Any:
     return parser
 
 
-@cache
-def _public() -> dict[str, Any]:
-    import espo_lightning  # which imports this module
+def publish(names: Iterable[str] = espo_lightning.__all__) -> None:
+    """Import what public names stand for: jsonargparse knows classes by short names once they are there."""
+    for name in names:
+        getattr(espo_lightning, name)
 
-    return {name: getattr(espo_lightning, name) for name in espo_lightning.__all__}
+
+def room(thing: Any) -> str:
+    """The folder of this package where a public name, or a class or function, is; "" if nowhere."""
+    path = espo_lightning.WHERE.get(thing, "") if isinstance(thing, str) else getattr(thing, "__module__", "")
+    return path.split(".")[1] if path.startswith("espo_lightning.") else ""
 
 
 @cache
 def callables() -> dict[str, str]:
-    """The public functions of this library, and classes whose objects are in the place of one: name -> import path."""
-    return {name: f"espo_lightning.{name}" for name, thing in _public().items() if _function_like(thing)}
+    """The public functions of this library, whose names alone begin small, and classes of `objectives` whose objects
+    are in the place of one: short name -> import path.
+    """
+    return {name: f"espo_lightning.{name}" for name in espo_lightning.__all__ if name[0].islower() or _like(name)}
 
 
-def _function_like(thing: Any) -> bool:
-    return inspect.isfunction(thing) or (
-        inspect.isclass(thing) and thing.__bases__ == (object,) and "__call__" in vars(thing)
-    )
+def _like(name: str) -> bool:
+    """Whether a public name is a class of which an object is called as a function is."""
+    if room(name) != "objectives":
+        return False
+    thing = getattr(espo_lightning, name)
+    return inspect.isclass(thing) and thing.__bases__ == (object,) and "__call__" in vars(thing)
 
 
 @cache
 def functions_expected() -> set[str]:
     """The names of parameters of public classes and functions that are functions, or are made by one."""
-    classes = [thing for thing in _public().values() if inspect.isclass(thing)]
-    functions = [thing for thing in _public().values() if inspect.isfunction(thing)]
+    public = [getattr(espo_lightning, name) for name in espo_lightning.__all__]
+    functions, classes = (list(filter(kind, public)) for kind in (inspect.isfunction, inspect.isclass))
     made = {signature(function).return_annotation for function in functions} & set(classes)  # as policies are
     return {
         parameter.name
