@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 
 import espo_lightning  # names only: what they stand for is imported when it is used
 from espo_lightning.shipped import found
-from espo_lightning.training.kept_help import keeping
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
 
@@ -35,7 +34,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
     rooms = {room(parameter.annotation) for parameter in signature(function).parameters.values()}
     publish(name for name in espo_lightning.__all__ if room(name) in rooms - {""})
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage), command)
+    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -84,28 +83,24 @@ def spelt_out(argv: list[str]) -> list[str]:
     return spelt
 
 
-def helpful(parser: Any, command: str) -> Any:
-    """A parser whose errors say how things are spelt, and whose help need not be made twice."""
-    return keeping(with_short_names(with_advice(parser)), command)
+def helpful(parser: Any) -> Any:
+    """A parser that takes short names, and whose errors say how things are spelt."""
+    return with_short_names(with_advice(parser))
 
 
-def spelt_out_in(value: Any, expected: bool = False) -> Any:
+def spelt_out_in(value: Any, key: str = "") -> Any:
     """The same for what was read from a file: short names of functions, where one is expected, as import paths.
-
 
     Args:
         value: any part of the file.
-        expected: whether it stands where a function is expected.
+        key: the name it stands under; of a ``class_path``, the one above.
     """
-    if isinstance(value, str) and expected:
-        return callables().get(value, value)
+    if isinstance(value, str) and value in callables() and key in functions_expected():
+        return callables()[value]
     if isinstance(value, list):
-        return [spelt_out_in(part, expected) for part in value]
+        return [spelt_out_in(part, key) for part in value]
     if isinstance(value, dict):
-        return {
-            key: spelt_out_in(part, expected if key == "class_path" else key in functions_expected())
-            for key, part in value.items()
-        }
+        return {name: spelt_out_in(part, key if name == "class_path" else name) for name, part in value.items()}
     return value
 
 
