@@ -67,6 +67,17 @@ def measure(checkouts: dict[str, Path], repeats: int) -> dict[str, dict[str, lis
     return found
 
 
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    """Medians as Markdown, and the last checkout's over the first's."""
+    names = list(next(iter(found.values())))
+    lines = [f"| CPU seconds, medians | {' | '.join(names)} | ratio |", f"|---{'|---' * len(names)}|---|"]
+    for command, by in found.items():
+        medians = [statistics.median(values) for values in by.values()]
+        cells = [f"{value:.2f}" for value in (*medians, medians[-1] / medians[0])]
+        lines.append(f"| {command} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def commit(checkout: Path) -> str:
     """Its commit, with a + if the package differs from it."""
 
@@ -92,10 +103,7 @@ def main() -> None:
         | {"python": platform.python_version()},
         "cpu_seconds": found,
     }
-    sys.stdout.write(f"{'CPU seconds, medians':26}" + "".join(f"{name:>9}" for name in checkouts) + "    ratio\n")
-    for command, by in found.items():
-        medians = [statistics.median(values) for values in by.values()]
-        sys.stdout.write(f"{command:26}" + "".join(f"{m:9.2f}" for m in medians) + f"{medians[-1] / medians[0]:9.2f}\n")
+    sys.stdout.write(table(found) + "\n")
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
