@@ -11,7 +11,7 @@ CPU_BUILDS := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(shell [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index-url|find-links' && echo $(CPU_BUILDS))
 
-.PHONY: run test lint notebooks deepspeed reasoning-gym wheel env
+.PHONY: run test lint notebooks docs deepspeed reasoning-gym wheel env
 run: env
 	$(BIN)/python -m espo_lightning.fit
 
@@ -25,6 +25,12 @@ lint: env
 # all of them at full scale, in place; NOTEBOOKS="--name=01" runs one, --reduced=true a quick check
 notebooks: env
 	$(BIN)/python -m espo_lightning.notebooks $(NOTEBOOKS)
+
+# the documentation, as a site in build/site, and its test: every link, and in a Chromium if there is one every page
+docs: env
+	$(PIP) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -m slow tests/test_site.py tests/test_front.py
 
 # the tests of an optional package, which stays in the environment; it builds only where torch is
 deepspeed: env

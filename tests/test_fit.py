@@ -41,15 +41,15 @@ def test_the_run_folder_holds_everything(finished):
     assert (finished / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_metrics_have_one_row_per_rollout_and_the_readme_explains_every_column(finished):
+def test_metrics_have_one_row_per_rollout_and_docs_explain_every_column(finished):
     with (finished / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     train = [r for r in rows if r["train/reward"]]
     assert [float(r["rollout"]) for r in train] == [1, 2, 3, 4]
     assert all(float(r["rollout/mask_tokens"]) == 0 for r in train)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    explained = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
     for column in set(rows[0]) - {"epoch", "step"}:
-        assert f"`{column}`" in readme, column
+        assert f"`{column}`" in explained, column
 
 
 def test_samples_are_the_completions_with_their_verdicts(finished):

@@ -90,6 +90,7 @@ class Policy(nn.Module):
 
     @property
     def config(self):
+        """The network's configuration, as transformers has it."""
         return self.model.config
 
     @property
@@ -115,6 +116,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @property
