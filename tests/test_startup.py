@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from espo_lightning.tasks import sudoku
 from espo_lightning.training.command_line import callables, spelt_out
 
 PACKAGE = Path(espo_lightning.__file__).parent
+ROOT = PACKAGE.parent
 TRAINING = ("fit", "sft")  # these parse Lightning's flags, too
 LATER = ("peft", "datasets", "pandas", "accelerate", "wandb", "papermill", "math_verify", "espo_lightning.lab.plots")
 WITH_LIGHTNING = ("lightning", "torchmetrics", "transformers", "matplotlib", "sympy", "torch._dynamo")
@@ -98,6 +100,15 @@ def test_public_names_are_those_that_type_checkers_read():
 )
 def test_only_names_of_functions_where_one_is_expected_are_spelt_out(given, spelt):
     assert spelt_out(given) == spelt
+
+
+def test_the_table_of_start_up_times_is_that_of_its_file():
+    specification = spec_from_file_location("startup", ROOT / "benchmarks" / "startup.py")
+    startup = module_from_spec(specification)
+    specification.loader.exec_module(startup)
+    found = json.loads((ROOT / "benchmarks" / "results" / "startup.json").read_text())["cpu_seconds"]
+    assert startup.table(found) in (ROOT / "benchmarks" / "README.md").read_text()
+    assert set(found) == set(startup.COMMANDS)
 
 
 def test_sudokus_grids_are_found_row_by_row(monkeypatch):
