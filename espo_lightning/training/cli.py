@@ -22,13 +22,14 @@ from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
 from espo_lightning.training.command_line import BAD_INPUT, as_list, helpful, option, publish, spelt_out
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.data_check import check_data
+from espo_lightning.training.program import Threads
 from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
 from espo_lightning.training.screen import progress
 from espo_lightning.training.signals import Stopped
 from espo_lightning.training.strategies import check, check_resume, named
-from espo_lightning.training.threads import Threads, choose_threads, counted
+from espo_lightning.training.threads import choose_threads, counted
 from espo_lightning.training.trackio_logger import TrackioLogger  # noqa: F401, for --trainer.logger=TrackioLogger
 from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags, save_dir_is_optional
 

@@ -75,8 +75,8 @@ def spelt_out(argv: list[str]) -> list[str]:
         head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         flag = head if equals else before  # whose value this is
         name = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1]
-        if value in callables() and name in functions_expected():
-            argument = f"{head}{equals}{callables()[value]}"
+        if is_callable(value) and name in functions_expected():
+            argument = f"{head}{equals}espo_lightning.{value}"
         elif flag == "--config" and value:
             argument = f"{head}{equals}{found(value)}"
         before = "" if equals else head
@@ -89,23 +89,19 @@ def helpful(parser: Any, command: str) -> Any:
     return keeping(with_short_names(with_advice(parser)), command)
 
 
-def spelt_out_in(value: Any, expected: bool = False) -> Any:
+def spelt_out_in(value: Any, name: str = "") -> Any:
     """The same for what was read from a file: short names of functions, where one is expected, as import paths.
-
 
     Args:
         value: any part of the file.
-        expected: whether it stands where a function is expected.
+        name: of the setting that it belongs to.
     """
-    if isinstance(value, str) and expected:
-        return callables().get(value, value)
+    if isinstance(value, str) and is_callable(value) and name in functions_expected():
+        return f"espo_lightning.{value}"
     if isinstance(value, list):
-        return [spelt_out_in(part, expected) for part in value]
+        return [spelt_out_in(part, name) for part in value]
     if isinstance(value, dict):
-        return {
-            key: spelt_out_in(part, expected if key == "class_path" else key in functions_expected())
-            for key, part in value.items()
-        }
+        return {key: spelt_out_in(part, name if key == "class_path" else key) for key, part in value.items()}
     return value
 
 
@@ -129,18 +125,12 @@ def room(thing: Any) -> str:
     return path.split(".")[1] if path.startswith("espo_lightning.") else ""
 
 
-@cache
-def callables() -> dict[str, str]:
-    """The public functions of this library, whose names alone begin small, and classes of `objectives` whose objects
-    are in the place of one: short name -> import path.
+def is_callable(name: str) -> bool:
+    """Whether a short name is that of a public function, which alone begin small, or of a class of `objectives` whose
+    objects are in the place of one. Other names import nothing.
     """
-    return {name: f"espo_lightning.{name}" for name in espo_lightning.__all__ if name[0].islower() or _like(name)}
-
-
-def _like(name: str) -> bool:
-    """Whether a public name is a class of which an object is called as a function is."""
-    if room(name) != "objectives":
-        return False
+    if name not in espo_lightning.WHERE or name[0].islower() or room(name) != "objectives":
+        return name in espo_lightning.WHERE and name[0].islower()
     thing = getattr(espo_lightning, name)
     return inspect.isclass(thing) and thing.__bases__ == (object,) and "__call__" in vars(thing)
 
