@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +32,6 @@ COMMANDS = {
     "import lightning": ["-c", "import lightning.pytorch.cli"],
     **{f"{name} --help": ["-m", f"espo_lightning.{name}", "--help"] for name in ("fit", "sft", "evaluate", "cost")},
     **{f"{name} --help": ["-m", f"espo_lightning.{name}", "--help"] for name in ("export", "notebooks")},
-    "fit --help, not kept": ["-m", "espo_lightning.fit", "--help"],
     "fit --print_config": ["-m", "espo_lightning.fit", "--print_config"],
     "fit, misspelt flag": ["-m", "espo_lightning.fit", "--modle.updates=1"],
     "evaluate, misspelt flag": ["-m", "espo_lightning.evaluate", "--polcy.path=x"],
@@ -43,12 +41,10 @@ COMMANDS = {
 }
 
 
-def cpu_seconds(arguments: list[str], checkout: Path, kept: bool) -> float:
-    """User and system seconds of a process with the package of a checkout; ``kept``: with the help of earlier ones."""
+def cpu_seconds(arguments: list[str], checkout: Path) -> float:
+    """User and system seconds of a process with the package of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        if not kept:
-            environment["COLUMNS"] = str(time.time_ns() % 10**9)  # no help of this width was ever shown
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -61,7 +57,7 @@ def measure(checkouts: dict[str, Path], repeats: int) -> dict[str, dict[str, lis
     for repeat in range(repeats + 1):
         for command, arguments in COMMANDS.items():
             for name, checkout in checkouts.items():
-                seconds = cpu_seconds(arguments, checkout, kept="not kept" not in command)
+                seconds = cpu_seconds(arguments, checkout)
                 if repeat:
                     found[command][name].append(round(seconds, 3))
     return found

@@ -3,9 +3,8 @@
 import pytest
 import yaml
 
-import espo_lightning
 from espo_lightning import evaluate, fit, sft
-from espo_lightning.training.command_line import is_callable, spelt_out, spelt_out_in
+from espo_lightning.training.command_line import callables, spelt_out, spelt_out_in
 from espo_lightning.training.signals import Signals
 
 DRY = ["--trainer.accelerator=cpu", "--data.batches=1", "--data.eval_problems=0"]
@@ -56,8 +55,7 @@ def test_a_file_says_the_same_as_the_command_line(name, tmp_path):
 
 
 def test_every_public_function_is_known_where_functions_are_expected_and_nowhere_else():
-    for name in filter(is_callable, espo_lightning.__all__):
-        path = f"espo_lightning.{name}"
+    for name, path in callables().items():
         assert spelt_out([f"--model.objective.kl={name}"]) == [f"--model.objective.kl={path}"]
         assert spelt_out(["--model.objective.kl", name]) == ["--model.objective.kl", path]
         assert spelt_out([f"--model.objective.ratio.class_path={name}"])[0].endswith(f"={path}")

@@ -22,10 +22,10 @@ from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
 from espo_lightning.training.command_line import BAD_INPUT, as_list, helpful, option, publish, spelt_out
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.data_check import check_data
-from espo_lightning.training.program import Threads
 from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
+from espo_lightning.training.same_threads import Threads
 from espo_lightning.training.screen import progress
 from espo_lightning.training.signals import Stopped
 from espo_lightning.training.strategies import check, check_resume, named
@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        parser = helpful(super().init_parser(**kwargs), self.command)
+        parser = helpful(super().init_parser(**kwargs))
         refuse = parser.error
 
         def error(*message):

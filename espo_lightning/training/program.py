@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from espo_lightning.tasks.verifiers import BrokenVerifier
@@ -20,18 +19,6 @@ if TYPE_CHECKING:
 
 
 EXPECTED = (OSError, FloatingPointError, BrokenVerifier, MisconfigurationException)  # no faults of the code
-
-
-class Threads(Callback):
-    """Gives every process of a trainer the same number of threads, once the processes are there: Lightning shares the
-    cores among those that it starts, whatever there is to compute.
-    """
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        torch.set_num_threads(trainer.strategy.broadcast(self.number))
 
 
 def _of_a_callback(error: Exception) -> bool:
