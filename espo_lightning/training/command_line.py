@@ -74,7 +74,7 @@ def spelt_out(argv: list[str]) -> list[str]:
         head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         flag = head if equals else before  # whose value this is
         name = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1]
-        if value in callables() and name in functions_expected():
+        if known(value) and name in functions_expected():
             argument = f"{head}{equals}{callables()[value]}"
         elif flag == "--config" and value:
             argument = f"{head}{equals}{found(value)}"
@@ -95,7 +95,7 @@ def spelt_out_in(value: Any, key: str = "") -> Any:
         value: any part of the file.
         key: the name it stands under; of a ``class_path``, the one above.
     """
-    if isinstance(value, str) and value in callables() and key in functions_expected():
+    if isinstance(value, str) and known(value) and key in functions_expected():
         return callables()[value]
     if isinstance(value, list):
         return [spelt_out_in(part, key) for part in value]
@@ -122,6 +122,11 @@ def room(thing: Any) -> str:
     """The folder of this package where a public name, or a class or function, is; "" if nowhere."""
     path = espo_lightning.WHERE.get(thing, "") if isinstance(thing, str) else getattr(thing, "__module__", "")
     return path.split(".")[1] if path.startswith("espo_lightning.") else ""
+
+
+def known(name: str) -> bool:
+    """Whether a short name is one of `callables`; no other one imports anything."""
+    return name in espo_lightning.WHERE and name in callables()
 
 
 @cache
