@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,10 +28,13 @@ from typing import Any
 import torch
 import yaml
 
+from espo_lightning.ranges import check_counts
+from espo_lightning.shipped import shipped
 from espo_lightning.training.command_line import run
-from espo_lightning.training.screen import quiet
+from espo_lightning.training.quiet import quiet
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
+FOLDER = "notebooks"
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on
 FIELDS = {
     "name": str,
@@ -240,7 +244,7 @@ def execute(
     processes: int | None = None,
     parameters: dict[str, Any] | None = None,
     reduced: bool = False,
-    folder: str = "notebooks",
+    folder: str = FOLDER,
     output_dir: str | None = None,
 ) -> list[Path]:
     """Run notebooks, and write them executed, with their results.
@@ -251,25 +255,20 @@ def execute(
         processes: seeds at once.
         parameters: other parameters of the notebooks, such as ``--parameters.rollouts=10``.
         reduced: the small values of ``reduced.yaml``, for a quick check.
-        folder: where the notebooks are.
+        folder: where the notebooks are; where there is no folder ``notebooks``, one is made with those of the package.
         output_dir: where executed notebooks and ``results`` go. By default the folder itself if the notebooks run with
             the values in their files, else build/notebooks.
 
     Returns:
         The executed notebooks.
-    """
-    import papermill
 
-    source = Path(folder)
-    paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
-    if not paths:
-        known = ", ".join(p.stem for p in sorted(source.glob("[0-9]*.ipynb")))
-        if not known:
-            raise ValueError(
-                f"no notebooks in folder {source.absolute()}: they are not installed with the package, but are in its "
-                "repository; run this in a clone of it, or name theirs with --folder"
-            )
-        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {known}")
+    Raises:
+        ValueError: no such notebook or parameter, or a number below 1.
+    """
+    check_counts(1, seeds=seeds, processes=processes)
+    wanted = Path(folder)
+    source = wanted if wanted.exists() or folder != FOLDER else shipped(FOLDER)
+    paths = _named(source, name)
     scale = yaml.safe_load((source / "reduced.yaml").read_text()) if reduced else {}
     shared = {k: v for k, v in {"seeds": seeds, "processes": processes, **(parameters or {})}.items() if v is not None}
     given = {path: {**scale.get(path.stem, {}), **shared} for path in paths}
@@ -279,37 +278,67 @@ def execute(
             raise ValueError(f"notebook {path.stem} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
         given[path] = {k: v for k, v in values.items() if v != known[k]}
     as_committed = not any(set(values) - set(SETTINGS) for values in given.values())
+    if source != wanted:  # which are nobody's to run in: they are the installed package's
+        shutil.copytree(source, wanted, ignore=shutil.ignore_patterns("results", ".*", "running_*"))
+        sys.stdout.write(f"the notebooks of the package are copied to {wanted.absolute()}\n")
+        source, given = wanted, {wanted / path.name: values for path, values in given.items()}
     target = Path(output_dir) if output_dir else source if as_committed else Path("build/notebooks")
     target.mkdir(parents=True, exist_ok=True)
     if target.resolve() != source.resolve():
         results = os.path.relpath(target / "results", source)
         given = {path: {**values, "results": results} for path, values in given.items()}
-    done = []
-    for path, values in given.items():
-        start = time.perf_counter()
-        # a failed run leaves the earlier one as it was, and is not taken for a notebook (whose names begin with digits)
-        running = target / f"running_{path.name}"
-        papermill.execute_notebook(
-            str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
+    return [_run(path, values, source, target) for path, values in given.items()]
+
+
+def _named(source: Path, name: str | None) -> list[Path]:
+    """The notebooks of a folder whose names begin so."""
+    known = sorted(source.glob("[0-9]*.ipynb"))
+    if not known:
+        raise ValueError(
+            f"no notebooks in folder {source.absolute()}: name theirs with --folder, or leave it out for those of "
+            "the package"
         )
-        _without_timings(running)
-        done.append(running.rename(target / path.name))
-        sys.stdout.write(f"{done[-1]}  {time.perf_counter() - start:.0f} s\n")
+    paths = [path for path in known if path.name.startswith(name or "")]
+    if not paths:
+        there = ", ".join(path.stem for path in known)
+        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {there}")
+    return paths
+
+
+def _run(path: Path, values: dict[str, Any], source: Path, target: Path) -> Path:
+    """Run one notebook with other values, in the folder ``source``, and write it to ``target``."""
+    import papermill
+
+    start = time.perf_counter()
+    # a failed run leaves the earlier one as it was, and is not taken for a notebook (whose names begin with digits)
+    running = target / f"running_{path.name}"
+    papermill.execute_notebook(
+        str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
+    )
+    _as_opened(running)
+    done = running.rename(target / path.name)
+    sys.stdout.write(f"{done}  {time.perf_counter() - start:.0f} s\n")
     return done
 
 
-def _without_timings(path: Path) -> None:
-    """Drop what papermill adds about the run itself: it differs every time and names folders.
+def _as_opened(path: Path) -> None:
+    """Write a notebook as Jupyter would after opening it, so that it is not taken for a changed one.
 
-    So do the states of widgets, which say nothing without a kernel.
+    What papermill adds about the run itself is dropped: it differs every time and names folders. So are the states of
+    widgets, which say nothing without a kernel. The kernel has the name by which Jupyter shows it.
     """
-    notebook = json.loads(path.read_text())
+    import nbformat
+    from jupyter_client.kernelspec import get_kernel_spec
+
+    notebook = nbformat.read(str(path), as_version=4)
     for key in ("papermill", "widgets"):
-        notebook["metadata"].pop(key, None)
-    for cell in notebook["cells"]:
+        notebook.metadata.pop(key, None)
+    for cell in notebook.cells:
         for key in ("papermill", "execution"):
-            cell["metadata"].pop(key, None)
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+            cell.metadata.pop(key, None)
+    kernel = get_kernel_spec("python3")
+    notebook.metadata.kernelspec = {"display_name": kernel.display_name, "language": kernel.language, "name": "python3"}
+    nbformat.write(notebook, str(path))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """``python -m espo_lightning.sft``: supervised training on a task's answers, with the likelihoods of RL."""
 
-from espo_lightning.training.cli import TrainingCLI, program
+from espo_lightning.training.cli import TrainingCLI
 from espo_lightning.training.data import PromptDataModule
+from espo_lightning.training.program import program
 from espo_lightning.training.signals import Signals
 from espo_lightning.training.supervised import SFTModule
 from espo_lightning.training.trainer_flags import REFUSED, UNVALIDATED

@@ -12,13 +12,14 @@ from test_notebooks import Inline
 
 from espo_lightning import Decoding, left_to_right, load_policy, low_confidence, notebooks, random_order
 from espo_lightning import leaderboard as program
-from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, ends, interval, order, page
+from espo_lightning.contest import enter, plan, presets
+from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, ends, interval, order, page, title
 from espo_lightning.lab.methods import make_method, method_settings, read_method
 from espo_lightning.lab.studies import leaderboard as study
 from espo_lightning.lab.studies.compute import Measured
 from espo_lightning.lab.studies.leaderboard import CONTESTS, entered, on_equal_terms, path_kl, step_flops
 from espo_lightning.lab.studies.states import train
-from espo_lightning.leaderboard import enter, main, plan, presets, title
+from espo_lightning.leaderboard import main
 
 ROOT = Path(__file__).parents[1]
 METHODS = presets(ROOT / "experiments" / "methods")

@@ -1,11 +1,12 @@
 """The leaderboard as numbers and as a page: which learning rate is next, what is chosen, who differs. Pure.
 
 An *entry* is what a method did on a task: its pilots, its learning rate and its final runs, as
-`espo_lightning.leaderboard.enter` returns them. A *board* holds the entries of a task by the methods' names.
+`espo_lightning.contest.enter` returns them. A *board* holds the entries of a task by the methods' names.
 """
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -50,6 +51,13 @@ the methods' other settings (clips, KL weights, updates per rollout) tuned here;
 
 {boards}
 """
+
+
+def title(path: Path) -> str:
+    """A method's name: what its file says before the first colon of a comment in its first line, or the file's name."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    name, colon, _ = first.removeprefix("#").partition(":")
+    return name.strip() if first.startswith("#") and colon else path.stem
 
 
 # ---- tuning ---------------------------------------------------------------------------------------------------------

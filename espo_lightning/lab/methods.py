@@ -18,6 +18,7 @@ from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.objectives.advantages import equal_groups
 from espo_lightning.objectives.objective import Objective, Scores, Statistics
 from espo_lightning.scoring.likelihood import Likelihood
+from espo_lightning.training.command_line import publish
 from espo_lightning.training.module import ESPOModule
 
 
@@ -82,6 +83,7 @@ def method_settings(path: str | Path) -> dict[str, Any]:
 def make_method(settings: dict[str, Any], *changes: str) -> Method:
     """The method of what `method_settings` returns; see `read_method`."""
     others = set(signature(ESPOModule).parameters) - NAMES
+    publish()
     parser = ArgumentParser()
     parser.add_class_arguments(ESPOModule, "model", skip=others, instantiate=False)
     parser.add_argument("--config", action="config")

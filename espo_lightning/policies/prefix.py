@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
+LAYERS = {"LlamaDecoderLayer": "llama", "Qwen2DecoderLayer": "qwen2", "Qwen3DecoderLayer": "qwen3"}
 HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
+
+
+def _empty() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 class Prefix:
@@ -23,7 +29,7 @@ class Prefix:
     """
 
     def __init__(self, width: int | None):
-        self.width, self.cache = width, DynamicCache()
+        self.width, self.cache = width, _empty()
 
     def __len__(self) -> int:
         """Positions that are known."""
@@ -47,7 +53,7 @@ class Prefix:
         if self.width:
             self.cache.crop(self.width - len(self))
         else:  # a cache without positions would still insist on its rows
-            self.cache = DynamicCache()
+            self.cache = _empty()
 
     def of(self, rows: Tensor, stop: int | None = None) -> "Prefix":
         """Some rows, an index that may repeat them, and positions before ``stop``, as a store of its own.
@@ -62,6 +68,13 @@ class Prefix:
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, an index."""
         self.cache.batch_select_indices(rows)
+
+
+def selectable(layer: nn.Module | None) -> bool:
+    """Whether a layer is transformers' own of Llama, Qwen2 or Qwen3, as `selective_layer` needs it."""
+    # by name, as none of these modules need be imported
+    family = LAYERS.get(type(layer).__name__)
+    return type(layer).__module__ == f"transformers.models.{family}.modeling_{family}"
 
 
 def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:

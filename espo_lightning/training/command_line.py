@@ -2,18 +2,22 @@
 
 import inspect
 import json
-import re
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from inspect import signature
 from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
+import espo_lightning  # names only: what they stand for is imported when it is used
+from espo_lightning.shipped import found
 from espo_lightning.training.moved import with_advice
-from espo_lightning.training.screen import quiet
+from espo_lightning.training.quiet import quiet
 
+SHORT = "yaml with short names"  # how files are read
 BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
 
 
@@ -27,8 +31,10 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         defaults: of parameters whose default cannot stand in the signature.
     """
     quiet()
+    rooms = {room(parameter.annotation) for parameter in signature(function).parameters.values()}
+    publish(name for name in espo_lightning.__all__ if room(name) in rooms - {""})
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = with_spelling(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
+    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -39,6 +45,9 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         if "settings" in signature(function).parameters:
             arguments["settings"] = json.loads(parser.dump(config, format="json", skip_unset=False))
         return function(**arguments)
+    except BrokenPipeError:  # who reads has seen enough, such as ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        raise SystemExit(141) from None
     except BAD_INPUT as error:
         parser.error(str(error))
 
@@ -55,58 +64,98 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths.
+    """Arguments with short names of this library's functions, ``--model.objective.kl=k3``, as import paths, and its
+    own experiments after ``--config`` as the files that they are.
 
     Classes have short names in jsonargparse already. A name is taken for a function's only where one is expected.
     """
-    spelt, expected = [], False
+    spelt, before = [], ""
     for argument in argv:
-        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if expected and not flag:
-            argument = functions().get(value, value)
-        name = flag.rsplit(".", 1)[-1].removeprefix("--")
-        if equals and name in functions_expected():
-            argument = f"{flag}={functions().get(value, value)}"
-        expected = bool(flag) and not equals and name in functions_expected()
+        head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        flag = head if equals else before  # whose value this is
+        name = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1]
+        if known(value) and name in functions_expected():
+            argument = f"{head}{equals}{callables()[value]}"
+        elif flag == "--config" and value:
+            argument = f"{head}{equals}{found(value)}"
+        before = "" if equals else head
         spelt.append(argument)
     return spelt
 
 
-def with_spelling(parser: Any) -> Any:
-    """A parser whose errors say how a function is spelt, where a file has its short name."""
-    error = parser.error
+def helpful(parser: Any) -> Any:
+    """A parser that takes short names, and whose errors say how things are spelt."""
+    return with_short_names(with_advice(parser))
 
-    def told(message: Any, *rest: Any) -> Any:
-        unread = re.findall(r"Expected a (?:path but|dot import path string:) (\w+)", str(message))
-        hints = {f"in files, write {functions()[name]} for {name}" for name in unread if name in functions()}
-        return error("\n".join([str(message), *hints]), *rest)
 
-    parser.error = told
+def spelt_out_in(value: Any, key: str = "") -> Any:
+    """The same for what was read from a file: short names of functions, where one is expected, as import paths.
+
+    Args:
+        value: any part of the file.
+        key: the name it stands under; of a ``class_path``, the one above.
+    """
+    if isinstance(value, str) and known(value) and key in functions_expected():
+        return callables()[value]
+    if isinstance(value, list):
+        return [spelt_out_in(part, key) for part in value]
+    if isinstance(value, dict):
+        return {name: spelt_out_in(part, key if name == "class_path" else name) for name, part in value.items()}
+    return value
+
+
+def with_short_names(parser: Any) -> Any:
+    """A parser that reads short names of functions in YAML, too."""
+    read = get_loader("yaml")
+    set_loader(SHORT, lambda text: spelt_out_in(read(text)), (yaml.YAMLError,))
+    parser.parser_mode = SHORT
     return parser
 
 
+def publish(names: Iterable[str] = espo_lightning.__all__) -> None:
+    """Import what public names stand for: jsonargparse knows classes by short names once they are there."""
+    for name in names:
+        getattr(espo_lightning, name)
+
+
+def room(thing: Any) -> str:
+    """The folder of this package where a public name, or a class or function, is; "" if nowhere."""
+    path = espo_lightning.WHERE.get(thing, "") if isinstance(thing, str) else getattr(thing, "__module__", "")
+    return path.split(".")[1] if path.startswith("espo_lightning.") else ""
+
+
+def known(name: str) -> bool:
+    """Whether a short name is one of `callables`; no other one imports anything."""
+    return name in espo_lightning.WHERE and name in callables()
+
+
 @cache
-def _public() -> dict[str, Any]:
-    import espo_lightning  # which imports this module
+def callables() -> dict[str, str]:
+    """The public functions of this library, whose names alone begin small, and classes of `objectives` whose objects
+    are in the place of one: short name -> import path.
+    """
+    return {name: f"espo_lightning.{name}" for name in espo_lightning.__all__ if name[0].islower() or _like(name)}
 
-    return {name: getattr(espo_lightning, name) for name in espo_lightning.__all__}
 
-
-@cache
-def functions() -> dict[str, str]:
-    """The public functions of this library: short name -> import path."""
-    return {name: f"espo_lightning.{name}" for name, thing in _public().items() if inspect.isfunction(thing)}
+def _like(name: str) -> bool:
+    """Whether a public name is a class of which an object is called as a function is."""
+    if room(name) != "objectives":
+        return False
+    thing = getattr(espo_lightning, name)
+    return inspect.isclass(thing) and thing.__bases__ == (object,) and "__call__" in vars(thing)
 
 
 @cache
 def functions_expected() -> set[str]:
-    """The names of the parameters of public classes that are functions by default."""
-    classes = [thing for thing in _public().values() if inspect.isclass(thing)]
+    """The names of parameters of public classes and functions that are functions, or are made by one."""
+    public = [getattr(espo_lightning, name) for name in espo_lightning.__all__]
+    functions, classes = (list(filter(kind, public)) for kind in (inspect.isfunction, inspect.isclass))
+    made = {signature(function).return_annotation for function in functions} & set(classes)  # as policies are
     return {
         parameter.name
-        for cls in classes
-        for parameter in signature(cls).parameters.values()
-        if inspect.isfunction(parameter.default) or _callable(parameter.annotation)
+        for thing in [*classes, *functions]
+        for parameter in signature(thing).parameters.values()
+        if inspect.isfunction(parameter.default) or _callable(parameter.annotation) or parameter.annotation in made
     }
 
 
