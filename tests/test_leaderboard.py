@@ -1,17 +1,19 @@
 """Methods at equal compute: how they are tuned, compared and entered, and what the terms of the leaderboard are."""
 
 import json
+import math
 import re
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from test_notebooks import Inline
+from test_notebook_calls import Inline
 
 from espo_lightning import Decoding, left_to_right, load_policy, low_confidence, notebooks, random_order
-from espo_lightning import leaderboard as program
+from espo_lightning import contest as program
 from espo_lightning.contest import enter, plan, presets
 from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, ends, interval, order, page, title
 from espo_lightning.lab.methods import make_method, method_settings, read_method
@@ -141,15 +143,30 @@ def test_flops_are_those_that_torch_counts(name, contest):
 
 
 def test_the_kl_to_the_base_is_that_of_its_paths():
-    base = load_policy(CONTESTS["Countdown"].policy)
-    assert path_kl(base, "Countdown", paths=4) == pytest.approx(0, abs=1e-9)
-    torch.manual_seed(0)
+    """Zero for the base; for another policy near the mean, over the same paths, of each step's exact KL."""
+    base, other = (load_policy(CONTESTS["Countdown"].policy) for _ in range(2))
+    assert path_kl(base, "Countdown", 4) == pytest.approx(0, abs=1e-9)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in base.parameters():
-            weight.add_(0.02 * weight.std() * torch.randn(weight.shape)) if weight.dim() > 1 else None
-    values = path_kl(base, "Countdown", paths=64), path_kl(base, "Countdown", paths=128)
-    assert values[0] == pytest.approx(values[1], rel=0.6)
-    assert min(values) > 1e-3
+        for weight in other.parameters():
+            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator) * (weight.dim() > 1)
+        problems = [CONTESTS["Countdown"].task.problem("test", 0, i).prompt for i in range(64)]
+        prompts, length = other.encode(problems), CONTESTS["Countdown"].length
+        keys = torch.arange(64)
+        completion, trace = Decoding(length, length, length, order=random_order).decode(other, prompts, keys)
+        attention, exact = prompts.seen_by(other, length), 0.0
+        for step in range(length):
+            ids = torch.cat([prompts.ids, completion.masked_fill(trace.steps >= step, other.mask_id)], 1)
+            select = torch.nn.functional.pad(trace.steps == step, (prompts.ids.shape[1], 0))
+            laws = [policy(ids, attention, select, partial(log_law, policy.mask_id)) for policy in (other, base)]
+            exact += float((laws[0].exp() * (laws[0] - laws[1]).nan_to_num()).sum(1).mean())
+    assert exact > 0.01
+    assert path_kl(other, "Countdown", 64) == pytest.approx(exact, rel=0.4)
+
+
+def log_law(mask_id: int, logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities without the mask token."""
+    return logits.index_fill(-1, torch.tensor(mask_id), -math.inf).log_softmax(-1)
 
 
 def test_a_run_and_its_pilot(monkeypatch):
