@@ -72,7 +72,7 @@ def rollouts(length: int, block: int, rows: int, repeats: int, uncached: bool) -
         "seconds": seconds,
         "tokens per second": speed,
         "cached over full": speed["blocks, cached"] / speed["full"],
-        "cache bytes": cache_bytes(network, rows * (PROMPT + length - block), 4),
+        "cache bytes": cache_bytes(network, rows * (PROMPT + length), 4),
     }
 
 

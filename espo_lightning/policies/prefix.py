@@ -2,14 +2,40 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
+
+
+class _Room(DynamicLayer):
+    """Keys and values of a layer in room for ``size`` positions, written in place: a pass copies its own ones only.
+
+    What they were before is gone, so that nothing can be differentiated through them.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.room = size, ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = tuple(x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (key_states, value_states))
+        start, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = tuple(room[indices] for room in self.room)
+        self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
 
 
 class Prefix:
@@ -20,48 +46,59 @@ class Prefix:
 
     Args:
         width: keep those of the first ``width`` positions, from the first pass; None = of all, from every pass.
+        room: hold so many positions at most, written in place, for passes without a gradient; None = any number,
+            copied with every pass.
     """
 
-    def __init__(self, width: int | None):
-        self.width, self.cache = width, DynamicCache()
+    def __init__(self, width: int | None, room: int | None = None):
+        self.width, self.room = width, room
+        self.cache = self._empty()
+
+    def _empty(self) -> Cache:
+        return DynamicCache() if self.room is None else Cache(layer_class_to_replicate=partial(_Room, self.room))
 
     def __len__(self) -> int:
         """Positions that are known."""
         return self.cache.get_seq_length()
 
-    @contextmanager
-    def filled(self, network: nn.Module) -> Iterator[None]:
-        """A pass of ``network`` that writes into the cache, which then forgets all but the prefix.
-
-        In train mode, a checkpointed layer would ignore the cache.
-        """
-        if training := network.training:
-            network.eval()
-        try:
-            yield
-        finally:
-            if training:
-                network.train()
+    def forget(self) -> None:
+        """Of what the last pass wrote, all but the prefix."""
         if self.width is None or self.width == len(self):
             return
         if self.width:
             self.cache.crop(self.width - len(self))
         else:  # a cache without positions would still insist on its rows
-            self.cache = DynamicCache()
+            self.cache = self._empty()
 
     def of(self, rows: Tensor, stop: int | None = None) -> "Prefix":
-        """Some rows, an index that may repeat them, and positions before ``stop``, as a store of its own.
+        """Some rows, int64 indices that may repeat, and positions before ``stop``, as a store of its own.
 
-        Gradients flow through it.
+        Without ``room``, gradients flow through it.
         """
-        known = Prefix(self.width)
+        known = Prefix(self.width, self.room)
         for number, layer in enumerate(self.cache.layers):
-            known.cache.update(layer.keys[:, :, :stop][rows], layer.values[:, :, :stop][rows], number)
+            keys, values = (x[:, :, :stop].index_select(0, rows) for x in (layer.keys, layer.values))
+            if self.room is None:  # its update would copy them once more
+                known.cache.layers.append(copy := DynamicLayer())
+                copy.lazy_initialization(keys, values)
+                copy.keys, copy.values = keys, values
+            else:
+                known.cache.update(keys, values, number)
         return known
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, an index."""
         self.cache.batch_select_indices(rows)
+
+
+@contextmanager
+def never_recomputed(network: nn.Module) -> Iterator[None]:
+    """A pass of ``network`` that may write into a cache, which layers that are recomputed would ignore."""
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
 
 
 def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:
