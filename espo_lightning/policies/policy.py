@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from espo_lightning.policies.config_keys import positions
 from espo_lightning.policies.layout import CAUSAL, FULL, Layout
-from espo_lightning.policies.prefix import Prefix, apply_head, never_recomputed, selective_layer
+from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
 from espo_lightning.policies.prompts import Prompts
 from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
 from espo_lightning.ranges import check_counts
@@ -290,18 +290,14 @@ class Policy(nn.Module):
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
         rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
-        recomputes = prefix is not None and self.training and self._recomputes
-        with never_recomputed(self) if recomputes else nullcontext():
+        with nullcontext() if prefix is None else prefix.filled(self, self.training and self._recomputes):
             hidden = self.states(ids, attention, rows, **network)
-        if prefix is not None:
-            prefix.forget()
         return apply_head(self.head, hidden, reduce, columns)
 
     def prefix(self, start: int | None = None, room: int | None = None) -> "Prefix":
         """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
 
-        Args:
-            room: positions of the longest pass, if none is differentiated: memory is then taken once; see `Prefix`.
+        room: positions of the longest pass, if none is differentiated; see `Prefix`.
 
         Raises:
             ValueError: a model of another family, whose own code may ignore it.

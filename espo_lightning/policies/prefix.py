@@ -61,8 +61,19 @@ class Prefix:
         """Positions that are known."""
         return self.cache.get_seq_length()
 
-    def forget(self) -> None:
-        """Of what the last pass wrote, all but the prefix."""
+    @contextmanager
+    def filled(self, network: nn.Module, recomputes: bool) -> Iterator[None]:
+        """A pass of ``network`` that writes into the cache, which then forgets all but the prefix.
+
+        recomputes: its layers are recomputed in a backward pass, and would ignore the cache unless in eval mode.
+        """
+        if recomputes:
+            network.eval()
+        try:
+            yield
+        finally:
+            if recomputes:
+                network.train()
         if self.width is None or self.width == len(self):
             return
         if self.width:
@@ -89,16 +100,6 @@ class Prefix:
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, an index."""
         self.cache.batch_select_indices(rows)
-
-
-@contextmanager
-def never_recomputed(network: nn.Module) -> Iterator[None]:
-    """A pass of ``network`` that may write into a cache, which layers that are recomputed would ignore."""
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
 
 
 def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:
