@@ -3,7 +3,7 @@
 The bundled Sudoku policy with full attention, and the one with blocks of a row that was made out of it, under the
 defaults of ``python -m espo_lightning.fit`` (G 8, mu 2, M 1, one token a step), which for the one with blocks are
 `BlockDecoding` and `BlockELBO`. Both sweep the same learning rates on one seed that is not reported, take the one that
-solves a given share of 256 held-out puzzles (greedy) in the fewest user CPU seconds of training, and repeat it on other
+solves a given share of 128 held-out puzzles (greedy) in the fewest user CPU seconds of training, and repeat it on other
 seeds for the same number of rollouts. A best rate at an edge of the grid is an error. Evaluations are not counted.
 Resumes where it was stopped; ``--table`` prints what was measured as Markdown.
 """
@@ -25,7 +25,7 @@ from espo_lightning.keys import fold_in
 from espo_lightning.tasks.judge import judge
 
 RATES, TUNING_SEED, SEEDS = (1e-4, 3e-4, 1e-3), 100, range(5)
-TARGET, PROBLEMS, PROMPTS, ROLLOUTS = 0.4, 256, 16, 8
+TARGET, PROBLEMS, PROMPTS, ROLLOUTS = 0.4, 128, 16, 6
 TASK, RESULTS = Sudoku(), Path(__file__).parent / "results" / "block_quality.json"
 SIDES = {
     "full": ("bundled:sudoku", Decoding(), ELBO()),
