@@ -11,7 +11,7 @@ and largest ratio of a turn. See benchmarks/README.md.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -115,11 +115,29 @@ def table(result: dict) -> str:
         for kind in ("cached", "not cached"):
             cells = [measured["times full attention"].get(f"b {block}, {kind}") for block in BLOCKS]
             if None not in cells:
-                lines.append(f"| {name}, {measured['rows']} rows, {kind} | {' | '.join(map(cell, cells))} |")
+                rows = f"{measured['rows']} row{'s' * (measured['rows'] > 1)}"
+                lines.append(f"| {name}, {rows}, {kind} | {' | '.join(map(cell, cells))} |")
     lines += ["", "| scoring and its gradient, of full attention | M 1 | M 2 | M 4 |", "|---|---|---|---|"]
     for name, measured in result["scoring"].items():
         lines.append(f"| {name} | {' | '.join(map(cell, measured['of full attention'].values()))} |")
+    for what, goal, found in goals(result):
+        lines += ["", f"Goal: {what} {goal}. Measured {cell(found)}: {'reached' if met(goal, found) else 'missed'}."]
     return "\n".join(lines) + "\n"
+
+
+def goals(result: dict) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """What was aimed at, and what came, where it was measured."""
+    if (speed := result["rollouts"].get("L 256")) is not None:
+        found = speed["times full attention"]["b 32, cached"]
+        yield "tokens/s at L 256, b 32,", "at least 8 times those of full attention", found
+    if (share := result["scoring"].get("L 256, b 32")) is not None:
+        yield "scoring at L 256, b 32, M 4", "at most 0.9 of full attention", share["of full attention"]["M 4"]
+
+
+def met(goal: str, found: dict[str, float]) -> bool:
+    """Whether the median is on the right side of the number in a goal."""
+    number = float(goal.split()[2])
+    return found["median"] >= number if goal.startswith("at least") else found["median"] <= number
 
 
 def main() -> None:

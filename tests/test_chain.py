@@ -4,12 +4,15 @@ import pickle
 import random
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+from espo_lightning import fit, sft
 from espo_lightning.tasks import Chain
 from espo_lightning.tasks.chain import KEYS, draw_chain, verify
 
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TOLD = {"+": 1, "-": -1}
 
 
@@ -97,3 +100,16 @@ def test_nonsense_is_refused(settings, message):
         Chain(**settings)
     with pytest.raises(ValueError, match='split must be "train" or "test"'):
         Chain().problem("dev", 0, 0)
+
+
+@pytest.mark.slow
+def test_its_recipes_make_a_policy_and_train_it(tmp_path, monkeypatch):
+    """On the smallest canvas: sft from scratch, and a rollout of RL."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.task.steps=8", "--data.batches=2", "--data.batch_size=2", "--trainer.accelerator=cpu"]
+    base = ["--config", str(EXPERIMENTS / "chain_base.yaml"), "--run_dir=runs/chain_base", "--model.length=16"]
+    sft.main([*base, *small])
+    canvas = ["--model.decoding.length=16", "--model.decoding.steps=16", "--data.eval_problems=2"]
+    rl = ["--config", str(EXPERIMENTS / "chain_tiny.yaml"), "--run_dir=run", "--model.group_size=2"]
+    fit.main([*rl, *canvas, *small])
+    assert (tmp_path / "run" / "summary.json").exists()

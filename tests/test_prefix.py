@@ -90,3 +90,23 @@ def test_uniforms_are_some_of_uniform():
         uniforms(keys, torch.tensor([[5, 0], [2, 2]])), uniform(keys, 6).gather(1, IDS.new_tensor([[5, 0], [2, 2]]))
     )
     assert torch.equal(uniforms(keys, torch.arange(4)), uniform(keys, 9)[:, :4])
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 0, 1, 2], [0, 2, 1, 1], [2, 1, 0]])
+def test_gradients_flow_through_rows_that_repeat(policy, rows):
+    """Keys of copies lead back to those they were copied from, by either way of copying."""
+    known, rows = policy.prefix(), torch.tensor(rows)
+    states(policy, WIDTH, known)
+    for layer in known.cache.layers:
+        layer.keys.requires_grad_()
+    weight = torch.rand(len(rows), 4, generator=torch.Generator().manual_seed(0)).double()
+    copies = known.of(rows, WIDTH - 2)
+    for layer, copy in zip(known.cache.layers, copies.cache.layers):
+        assert torch.equal(copy.keys, layer.keys[rows, :, : WIDTH - 2])
+        (copy.keys.sum((1, 2, 3)) * weight[:, 0]).sum().backward()
+        for row in range(BATCH):
+            expected = weight[rows == row, 0].sum()
+            torch.testing.assert_close(
+                layer.keys.grad[row, :, : WIDTH - 2], expected.expand_as(layer.keys[row, :, : WIDTH - 2])
+            )
+        assert not layer.keys.grad[:, :, WIDTH - 2 :].any()

@@ -86,9 +86,13 @@ class Prefix:
 
         Without ``room``, gradients flow through it.
         """
-        known = Prefix(self.width, self.room)
+        known, count = Prefix(self.width, self.room), len(self.cache.layers[0].keys)
+        times, rest = divmod(len(rows), count)
+        # all rows some times over, whose gradient is a plain sum, and that of an index a scattered one
+        plain = rest == 0 and torch.equal(rows, torch.arange(count, device=rows.device).repeat(times))
         for number, layer in enumerate(self.cache.layers):
-            keys, values = (x[:, :, :stop].index_select(0, rows) for x in (layer.keys, layer.values))
+            keys, values = (x[:, :, :stop] for x in (layer.keys, layer.values))
+            keys, values = (x.repeat(times, 1, 1, 1) if plain else x.index_select(0, rows) for x in (keys, values))
             if self.room is None:  # its update would copy them once more
                 known.cache.layers.append(copy := DynamicLayer())
                 copy.lazy_initialization(keys, values)
