@@ -2,8 +2,8 @@
 
 From one small workload, one quantity at a time: group size, draws, updates, denoising steps, completion length,
 vocabulary; and draws once more where decoding dominates (256 steps, mu = 8). The library with its defaults against the
-straightforward version, in one process. Prints a table ("x": against the first value of the axis), writes JSON and a
-figure. Rows that the JSON has already are not measured again.
+straightforward and the competent version, in one process. Prints a table ("x": against the first value of the axis),
+writes JSON and a figure. Rows that the JSON has already are not measured again.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from measure import in_fresh_process, summary
-from step import PHASES, Setting, Workload, peak_memory, time_both
+from step import PHASES, SIDES, peak_memory, time_all
+from workloads import Setting, Workload
 
 BASE = Workload(prompts=2, group=4, updates=4)
 LONG = Workload(prompts=1, group=4, length=256, block=32, steps=256, updates=8)
@@ -27,32 +28,31 @@ AXES = {
     "vocabulary": [replace(WIDE, vocabulary=n) for n in (64, 4096, 49_152, 126_464)],
     "draws, 256 steps": [replace(LONG, draws=n) for n in (1, 2)],
 }
-SIDES = ("straightforward", "library")
+COLOURS = {"straightforward": "#777777", "competent": "#D55E00", "library": "#0072B2"}
 OPTIONS = {"": Setting(), "masks once": Setting(same_work=False, module={"fresh_masks": False})}
 
 
 def measure(work: Workload, setting: Setting, repeats: int) -> dict:
-    """Seconds and MiB of both sides."""
-    both, _, _ = in_fresh_process(time_both, work, setting, repeats)
+    """Seconds and MiB of all sides."""
+    sides, _, _ = in_fresh_process(time_all, work, setting, repeats)
     row = {}
-    for side, runs in both.items():
+    for side, runs in sides.items():
         row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
-        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side == "library")
+        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side)
     return row
 
 
 def table(row: dict, first: dict) -> str:
     """A line; ``first`` is the row of the axis' first value."""
     seconds = [row[side]["step"]["median"] for side in SIDES]
-    shown = [f"{s:10.2f} s ({s / first[side]['step']['median']:5.2f} x)" for s, side in zip(seconds, SIDES)]
-    return (
-        f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown[0]} {shown[1]} {seconds[1] / seconds[0]:5.2f} "
-        f"{row['straightforward']['peak_MiB']:6.0f} {row['library']['peak_MiB']:6.0f}"
-    )
+    shown = " ".join(f"{s:10.2f} s ({s / first[side]['step']['median']:5.2f} x)" for s, side in zip(seconds, SIDES))
+    ratios = " ".join(f"{seconds[-1] / s:7.2f}" for s in seconds[:-1])
+    memory = " ".join(f"{row[side]['peak_MiB']:6.0f}" for side in SIDES)
+    return f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown} {ratios} {memory}"
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """One panel per axis, both sides, seconds per step; median and range of the repeats."""
+    """One panel per axis, all sides, seconds per step; median and range of the repeats."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure, panels = plt.subplots(
         2, -(-len(axes) // 2), figsize=(8, 4.6), layout="constrained", sharey=True, squeeze=False
@@ -60,7 +60,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis, panel in zip(axes, panels.flat):
         chosen = [row for row in rows if row["axis"] == axis and not row["option"]]
         values = [row["value"] for row in chosen]
-        for side, colour in zip(SIDES, ("#777777", "#0072B2")):
+        for side, colour in COLOURS.items():
             low, middle, high = ([row[side]["step"][key] for row in chosen] for key in ("min", "median", "max"))
             panel.plot(values, middle, "o-", ms=4, color=colour, label=side)
             panel.fill_between(values, low, high, color=colour, alpha=0.2, lw=0)
@@ -85,7 +85,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
-    print(f"{'axis':18} {'value':>7} {'option':12} {'straightforward':>22} {'library':>22} ratio   MiB")
+    names = " ".join(f"{side:>22}" for side in SIDES)
+    print(f"{'axis':18} {'value':>7} {'option':12} {names}  library / others   MiB")
     for axis in arguments.axes:
         for work in AXES[axis]:
             for option, setting in OPTIONS.items():

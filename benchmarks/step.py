@@ -1,7 +1,7 @@
-"""One outer ESPO step, library against the straightforward version: ``python benchmarks/step.py``.
+"""One outer ESPO step, library against the straightforward and a competent version: ``python benchmarks/step.py``.
 
-Both run in one process, turn by turn: the library inside ``Trainer.fit``, as users run it, the
-straightforward version in a callback between its batches. Prints a table, writes JSON.
+All run in one process, turn by turn: the library inside ``Trainer.fit``, as users run it, the
+other versions in a callback between its batches. Prints a table, writes JSON.
 """
 
 import argparse
@@ -12,99 +12,28 @@ import tempfile
 import time
 import warnings
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import competent
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from measure import in_fresh_process, matmul_peak, random_policy, resident_peak, summary, user_seconds
 from straightforward import Straightforward, assert_same
+from workloads import BETA, CLIP, OF_THE_WORKLOAD, ROWS, SIZES, Setting, Workload
 
 from espo_lightning import ELBO, Decoding, ESPOModule, Policy, PolicyGradient, Problem, PromptDataModule, Task
 
-CLIP, BETA, MAX_NORM, LR = 0.2, 1e-2, 0.2, 1e-5
+MAX_NORM, LR = 0.2, 1e-5
 PHASES = ("rollout", "score", "update")
-SIZES = {  # hidden size, layers, heads, MLP width
-    "0.45M": (96, 4, 4, 256),
-    "0.87M": (128, 4, 4, 384),
-    "20M": (448, 8, 7, 1216),
-    "135M": (768, 18, 12, 2112),
+BASELINES = {  # what `Straightforward` is given
+    "straightforward": {},
+    "competent": {"log_probs": competent.log_probs, "generate": competent.generate},
 }
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What both sides do in a step.
-
-    size, vocabulary: of the network. prompts, group, updates, draws: Q, G, mu, M.
-    width, length, block, steps: prompt and completion tokens, tokens per block, denoising steps.
-    micro_batch: completions per pass; None = all at once.
-    """
-
-    size: str = "0.87M"
-    vocabulary: int = 64
-    prompts: int = 2
-    group: int = 6
-    width: int = 32
-    length: int = 32
-    block: int = 32
-    steps: int = 16
-    updates: int = 8
-    draws: int = 1
-    micro_batch: int | None = None
-
-    def flops(self, passes: float, trained: float) -> float:
-        """Nominal FLOP of ``passes`` forward and ``trained`` forward and backward passes of all rows and positions: 2
-        per weight and token, plus attention; a backward pass is two forward ones."""
-        d, layers, _, mlp = SIZES[self.size]
-        tokens = self.width + self.length
-        per_token = 2 * (layers * (4 * d * d + 3 * d * mlp) + self.vocabulary * d) + layers * 4 * tokens * d
-        return (passes + 3 * trained) * per_token * tokens * self.prompts * self.group
-
-    @property
-    def step_flops(self) -> float:
-        """Of a whole straightforward step."""
-        pairs = 2 * self.updates * self.draws
-        return self.flops(self.steps + 2 * pairs, pairs)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the library does it. ``same_work``: it does the same statistical work as the straightforward version.
-
-    module: further arguments of `ESPOModule`.
-    dtype, attention: of the weights; transformers' kernel.
-    compile: run the networks through torch.compile.
-    """
-
-    same_work: bool = True
-    module: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"
-    attention: str = "sdpa"
-    compile: bool = False
-
-
-UNPENALISED = PolicyGradient(clip_range=CLIP, beta=0.0)
-LESS = {"fresh_masks": False, "objective": UNPENALISED}
-FAST = {"dtype": "bfloat16", "attention": "eager", "compile": True}  # sdpa's bfloat16 backward is slow on CPUs
-ROWS = {
-    "M=1": (Workload(), Setting()),
-    "M=2": (Workload(draws=2), Setting()),
-    "M=1, 3 x 4": (Workload(micro_batch=3), Setting()),
-    "M=2, 3 x 4": (Workload(draws=2, micro_batch=3), Setting()),
-    "compile": (Workload(), Setting(compile=True)),
-    "M=2, compile": (Workload(draws=2), Setting(compile=True)),
-    "reused masks": (Workload(), Setting(same_work=False, module={"fresh_masks": False})),
-    "beta=0, skip groups": (Workload(), Setting(same_work=False, module={"objective": UNPENALISED})),
-    "both": (Workload(), Setting(same_work=False, module=LESS)),
-    "bf16": (Workload(), Setting(same_work=False, dtype="bfloat16")),
-    "bf16, eager": (Workload(), Setting(same_work=False, dtype="bfloat16", attention="eager")),
-    "all of these": (Workload(), Setting(same_work=False, module=LESS, **FAST)),
-}
-OF_THE_WORKLOAD = ("vocabulary", "length", "steps", "updates")  # flags
+SIDES = (*BASELINES, "library")
 
 
 @dataclass(frozen=True)
@@ -144,24 +73,25 @@ class Timed(ESPOModule):
 
 
 class Alternate(Callback):
-    """Times each batch of the library, and after it one outer step of the straightforward version.
+    """Times each batch of the library, and after it one outer step of every baseline.
 
     A step of the library lasts from the end of this callback to its next start: loading, logging and everything
     else that Lightning does is in it.
     """
 
-    def __init__(self, baseline: Straightforward, prompts: torch.Tensor):
-        self.baseline, self.prompts = baseline, prompts
-        self.runs: dict[str, list[dict[str, float]]] = {"library": [], "straightforward": []}
+    def __init__(self, baselines: dict[str, Straightforward], prompts: torch.Tensor):
+        self.baselines, self.prompts = baselines, prompts
+        self.runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.start = clocks()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.runs["library"].append({**since(self.start), **pl_module.spent})
-        start = clocks()
-        phases = self.baseline.outer_step(self.prompts, plain_reward)
-        self.runs["straightforward"].append({**since(start), **phases})
+        for side, baseline in self.baselines.items():
+            start = clocks()
+            phases = baseline.outer_step(self.prompts, plain_reward)
+            self.runs[side].append({**since(start), **phases})
         pl_module.spent = dict.fromkeys(PHASES, 0.0)
         self.start = clocks()
 
@@ -180,8 +110,8 @@ def plain_reward(completion: torch.Tensor) -> torch.Tensor:
     return (completion % 2).float().mean(1)
 
 
-def make_baseline(policy: Policy, work: Workload) -> Straightforward:
-    """The straightforward trainer, on its own copy of the weights."""
+def make_baseline(policy: Policy, work: Workload, side: str) -> Straightforward:
+    """A trainer of `BASELINES`, on its own copy of the weights."""
     model = deepcopy(policy.model)
     return Straightforward(
         model=model,
@@ -199,6 +129,7 @@ def make_baseline(policy: Policy, work: Workload) -> Straightforward:
         beta=BETA,
         max_norm=MAX_NORM,
         generator=torch.Generator().manual_seed(0),
+        **BASELINES[side],
     )
 
 
@@ -241,26 +172,27 @@ def prepare(work: Workload) -> tuple[Policy, torch.Tensor]:
     return policy, policy.encode([problem.prompt for problem in problems]).ids
 
 
-def time_both(work: Workload, setting: Setting, repeats: int) -> tuple[dict[str, list], float, dict[str, float]]:
-    """Runs of both sides, the warm-up step first; FLOP/s of a matrix product; differences on equal masks."""
+def time_all(work: Workload, setting: Setting, repeats: int) -> tuple[dict[str, list], float, dict[str, dict]]:
+    """Runs of all sides, warm-up first; FLOP/s of a matrix product; differences of each baseline on equal masks."""
     policy, prompts = prepare(work)
-    baseline = make_baseline(policy, work)
-    differences = assert_same(baseline, policy, prompts.repeat_interleave(work.group, 0))
-    alternate = Alternate(baseline, prompts)
+    baselines = {side: make_baseline(policy, work, side) for side in BASELINES}
+    rows = prompts.repeat_interleave(work.group, 0)
+    differences = {side: assert_same(baseline, policy, rows) for side, baseline in baselines.items()}
+    alternate = Alternate(baselines, prompts)
     peak = matmul_peak()
     fit(policy, work, setting, repeats + 1, [alternate])
     return alternate.runs, max(peak, matmul_peak()), differences
 
 
-def peak_memory(work: Workload, setting: Setting, library: bool) -> float:
+def peak_memory(work: Workload, setting: Setting, side: str) -> float:
     """MiB that resident memory rises in two outer steps of one side, the code being loaded already."""
     policy, prompts = prepare(work)
 
     def run(policy: Policy) -> None:
-        if library:
+        if side == "library":
             fit(policy, work, setting, 2, [])
         else:
-            baseline = make_baseline(policy, work)
+            baseline = make_baseline(policy, work, side)
             for _ in range(2):
                 baseline.outer_step(prompts, plain_reward)
 
@@ -270,22 +202,25 @@ def peak_memory(work: Workload, setting: Setting, library: bool) -> float:
 
 def measure(name: str, work: Workload, setting: Setting, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    both, peak, differences = in_fresh_process(time_both, work, setting, repeats)
+    sides, peak, differences = in_fresh_process(time_all, work, setting, repeats)
     row: dict[str, Any] = {"name": name, **asdict(work), **asdict(setting), "differences": differences}
-    for side, runs in both.items():
+    for side, runs in sides.items():
         row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", "wall", *PHASES)}
         row[side]["warm_up"] = runs[0]["step"]
         tokens = work.prompts * work.group * work.length
         row[side]["tokens_per_second"] = {key: tokens / row[side][key]["median"] for key in ("rollout", "step")}
-        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side == "library")
+        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side)
         if setting.same_work:
             update = work.flops(0, 2 * work.updates * work.draws)
             row[side]["share_of_peak"] = work.step_flops / row[side]["step"]["median"] / peak
             row[side]["update_share_of_peak"] = update / row[side]["update"]["median"] / peak
     row["matmul_gflops"] = peak / 1e9
-    row["ratio"] = {
-        key: {of: row["library"][key][of] / row["straightforward"][key][of] for of in ("median", "min")}
-        for key in ("step", *PHASES)
+    row["ratio"] = {  # library / baseline
+        side: {
+            key: {of: row["library"][key][of] / row[side][key][of] for of in ("median", "min")}
+            for key in ("step", *PHASES)
+        }
+        for side in BASELINES
     }
     return row
 
@@ -297,14 +232,15 @@ HEADER = (
 
 
 def table(row: dict[str, Any]) -> str:
-    """Two lines: the straightforward version and the library."""
+    """A line for each side; a baseline's ratio is that of the library to it."""
     lines = []
-    for side in ("straightforward", "library"):
+    for side in SIDES:
         s = row[side]
         step = f"{s['step']['median']:.2f} [{s['step']['min']:.2f}, {s['step']['max']:.2f}]"
         phases = " ".join(f"{s[phase]['median']:8.2f}" for phase in PHASES)
         share = f"{s['share_of_peak']:5.0%}" if "share_of_peak" in s else "    -"
-        ratio = f"{row['ratio']['step']['median']:.2f} ({row['ratio']['step']['min']:.2f})" if side == "library" else ""
+        step_ratio = row["ratio"].get(side, {}).get("step")
+        ratio = f"{step_ratio['median']:.2f} ({step_ratio['min']:.2f})" if step_ratio else ""
         lines.append(
             f"{row['size']:6} {row['name']:20} {side:16} {step:>20} {s['wall']['median']:7.2f} {phases} "
             f"{s['tokens_per_second']['step']:9.0f} {s['peak_MiB']:6.0f} {share}  {ratio:>17}"

@@ -18,7 +18,7 @@ from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.decoding.published import protocol as protocol_named
 from espo_lightning.keys import fold_in
-from espo_lightning.lab.evaluation import as_json, load_weights, solve
+from espo_lightning.lab.evaluation import as_json, load_weights, place, solve
 from espo_lightning.lab.evaluation_parts import Shards
 from espo_lightning.policies.fingerprint import fingerprint
 from espo_lightning.policies.policy import Policy
@@ -100,7 +100,7 @@ def evaluate(
         if world == 1:
             raise ValueError(f"output {output} exists already: name another file, or remove it")
         return finished  # the others were faster
-    _move(policy, device, local)
+    place(policy, device, local)
     shards.open()  # everything is known to be there
     pairs = [(i, s) for i in range(problems) for s in range(samples)]
     batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
@@ -145,17 +145,6 @@ def _check_numbers(problems: int, samples: int, batch_size: int, decoding: Decod
     check_counts(1, problems=problems, samples=samples, batch_size=batch_size)
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
-
-
-def _move(policy: Policy, device: str, local: int) -> None:
-    """Put the policy on its device. Raises ValueError if there is no such device."""
-    if device == "auto":
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        policy.to(torch.device(device)).eval()
-    except (RuntimeError, AssertionError) as error:  # torch built without it, or no such name
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device} is not possible ({reason}): use auto, cpu, or cuda:0 and so on") from error
 
 
 def _solved(

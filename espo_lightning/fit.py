@@ -1,6 +1,14 @@
 """``python -m espo_lightning.fit``: ESPO on a task, measured on held-out problems before and after."""
 
+if __name__ == "__main__":  # before Lightning is imported, for which a reader of --help need not wait
+    import sys
+
+    from espo_lightning.training.kept_help import answer
+
+    answer("espo_lightning.fit", sys.argv[1:])
+
 import json
+from importlib.metadata import version
 
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -84,6 +92,7 @@ def work(cli: FitCLI) -> None:
         "ended": cli.ending()[0],
         "resumed": cli.record["history"],
         "settings": cli.settings,
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers", "espo-lightning")},
     }
     write_text(cli.run_dir / "summary.json", json.dumps(summary, indent=1))
     files = {

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,10 +28,12 @@ from typing import Any
 import torch
 import yaml
 
+from espo_lightning.shipped import shipped
 from espo_lightning.training.command_line import run
-from espo_lightning.training.screen import quiet
+from espo_lightning.training.quiet import quiet
 
 PACKAGES = ("espo-lightning", "torch", "lightning", "transformers", "numpy", "matplotlib")
+FOLDER = "notebooks"
 SETTINGS = ("processes", "results")  # parameters of a notebook that no number depends on
 FIELDS = {
     "name": str,
@@ -237,7 +240,7 @@ def execute(
     processes: int | None = None,
     parameters: dict[str, Any] | None = None,
     reduced: bool = False,
-    folder: str = "notebooks",
+    folder: str = FOLDER,
     output_dir: str | None = None,
 ) -> list[Path]:
     """Run notebooks, and write them executed, with their results.
@@ -248,7 +251,7 @@ def execute(
         processes: seeds at once.
         parameters: other parameters of the notebooks, such as ``--parameters.rollouts=10``.
         reduced: the small values of ``reduced.yaml``, for a quick check.
-        folder: where the notebooks are.
+        folder: where the notebooks are; where there is no folder ``notebooks``, one is made with those of the package.
         output_dir: where executed notebooks and ``results`` go. By default the folder itself if the notebooks run with
             the values in their files, else build/notebooks.
 
@@ -257,14 +260,15 @@ def execute(
     """
     import papermill
 
-    source = Path(folder)
+    wanted = Path(folder)
+    source = wanted if wanted.exists() or folder != FOLDER else shipped(FOLDER)
     paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
     if not paths:
         known = ", ".join(p.stem for p in sorted(source.glob("[0-9]*.ipynb")))
         if not known:
             raise ValueError(
-                f"no notebooks in folder {source.absolute()}: they are not installed with the package, but are in its "
-                "repository; run this in a clone of it, or name theirs with --folder"
+                f"no notebooks in folder {source.absolute()}: name theirs with --folder, or leave it out for those of "
+                "the package"
             )
         raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {known}")
     scale = yaml.safe_load((source / "reduced.yaml").read_text()) if reduced else {}
@@ -276,6 +280,10 @@ def execute(
             raise ValueError(f"notebook {path.stem} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
         given[path] = {k: v for k, v in values.items() if v != known[k]}
     as_committed = not any(set(values) - set(SETTINGS) for values in given.values())
+    if source != wanted:  # which are nobody's to run in: they are the installed package's
+        shutil.copytree(source, wanted, ignore=shutil.ignore_patterns("results", ".*", "running_*"))
+        sys.stdout.write(f"the notebooks of the package are copied to {wanted.absolute()}\n")
+        source, given = wanted, {wanted / path.name: values for path, values in given.items()}
     target = Path(output_dir) if output_dir else source if as_committed else Path("build/notebooks")
     target.mkdir(parents=True, exist_ok=True)
     if target.resolve() != source.resolve():

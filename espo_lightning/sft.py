@@ -1,5 +1,12 @@
 """``python -m espo_lightning.sft``: supervised training on a task's answers, with the likelihoods of RL."""
 
+if __name__ == "__main__":  # before Lightning is imported, for which a reader of --help need not wait
+    import sys
+
+    from espo_lightning.training.kept_help import answer
+
+    answer("espo_lightning.sft", sys.argv[1:])
+
 from espo_lightning.training.cli import TrainingCLI, program
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.signals import Signals

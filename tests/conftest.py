@@ -1,11 +1,16 @@
 """Small policies, tasks and trainers shared by the tests."""
 
+import os
 import random
+import re
 import string
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import numpy as np
 import pytest
@@ -14,7 +19,39 @@ from lightning.pytorch import Trainer
 
 from espo_lightning import Decoding, ESPOModule, PolicyGradient, Problem, PromptDataModule, Task, new_policy
 
+# whose failures then show their values, as those of test files do
+pytest.register_assert_rewrite("two_processes", *(path.stem for path in Path(__file__).parent.glob("*_cases.py")))
 torch.set_num_threads(1)  # many small matrices: threads cost more than they bring, and results stay comparable
+
+FIRST = ("test_distributed", "test_runs")  # the longest files, so that no worker is left with one at the end
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Without -n there is a worker for each core, 2 GB of memory and file; a file's tests keep to one of them.
+
+    So a fixture is made once, and tests of one file never run at the same time. `-n 0` and `-p no:xdist` do without.
+    """
+    options = config.option
+    if not hasattr(options, "numprocesses") or hasattr(config, "workerinput"):
+        return
+    if options.numprocesses is None and not (options.usepdb or options.tx):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+        files = {argument.split("::")[0] for argument in config.args}
+        most = len(files) if all(path.endswith(".py") for path in files) else cores
+        options.numprocesses = min(cores, gigabytes // 2, most) if most > 1 else 0
+    if options.numprocesses and options.dist == "no":
+        options.dist, options.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
+def name_of(value: object) -> str:
+    """What a parameter is called: its repr, without addresses of functions, which differ between workers."""
+    return re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", repr(value))
 
 
 def share_of_a(prompt: str, text: str) -> dict[str, float]:

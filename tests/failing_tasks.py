@@ -1,4 +1,4 @@
-"""A task that fails in one process, for test_distributed.py."""
+"""A task that fails in one process, for the tests of several processes."""
 
 import os
 import signal

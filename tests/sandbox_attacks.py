@@ -1,4 +1,4 @@
-"""Programs for test_sandbox: FAKES want a test passed that they fail, ESCAPES want out of the sandbox."""
+"""Programs for the sandbox: FAKES want a test passed that they fail, ESCAPES want out of the sandbox."""
 
 SECRET = "espo-secret-of-the-parent"
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from checkpoint_cases import tokens
 from checkpoints import SIZE, VOCABULARY, random_model, write, write_tokenizer
 from conftest import Letters, fit, small_module
-from test_checkpoint import tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from espo_lightning import ELBO, Decoding, LoRA, generate, load_policy, new_policy, sft

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from block_cases import Counted, block_policy, keys_of, some_prompts
 from conftest import fit
-from test_blocks import Counted, block_policy, keys_of, some_prompts
 from torch.utils.flop_counter import FlopCounterMode
 
 from espo_lightning import BlockDecoding, BlockELBO, Decoding, PolicyGradient

@@ -1,4 +1,4 @@
-"""The bundled policies: each opens, decodes in its own way, is small, and has a recipe and its place in the README."""
+"""The bundled policies: each opens, decodes in its own way, is small, has a recipe and its place in docs/results.md."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_a_bundled_policy_opens_and_decodes(name):
 def test_it_is_small_and_says_where_it_comes_from(name):
     assert sum(file.stat().st_size for file in (ASSETS / name).iterdir()) < 4e6
     assert (ROOT / "experiments" / f"{name}_base.yaml").exists()
-    assert f"bundled:{name}**" in (ROOT / "README.md").read_text()
+    assert f"bundled:{name}**" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_policy_with_blocks_is_the_one_without_in_blocks_of_a_row():

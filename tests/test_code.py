@@ -7,19 +7,16 @@ import pickle
 import random
 import time
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import pytest
 from processes import command, descendants, resident, scheduled
+from program_cases import HUMANEVAL, ISOLATED, MBPP_ROWS
 
 from espo_lightning.tasks.checks import needed_names
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval, judge
 from espo_lightning.tasks.programs import extract_code
 from espo_lightning.tasks.sandbox import run as sandbox
-
-DATA = Path(__file__).parent / "data"
-ISOLATED = any(not sandbox.probe(backend) for backend in sandbox.BACKENDS)
 
 
 def verdict(verify, text: str) -> dict[str, float]:
@@ -33,10 +30,6 @@ def verdict(verify, text: str) -> dict[str, float]:
 
 def problems(task):
     return [task.problem("test", 0, index) for index in range(len(task.rows("test")))]
-
-
-HUMANEVAL = HumanEval(path=str(DATA / "humaneval_40.jsonl"))
-MBPP_ROWS = MBPP(path=str(DATA / "mbpp_60.jsonl"), held_out=1.0)
 
 
 @pytest.mark.parametrize("index", range(40))

@@ -8,10 +8,10 @@ import pytest
 import torch
 import two_processes
 from conftest import small_policy
+from distributed_cases import TINY, refused, start, weights
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from test_distributed import TINY, assert_same, refused, start, weights
-from two_processes import ENVIRONMENT, METHODS, RESUMED, ROUNDED, RUNS, ZERO
+from two_processes import ENVIRONMENT, RESUMED, ROUNDED, RUNS, ZERO, assert_same
 
 from espo_lightning import fit
 from espo_lightning.lab.evaluation import load_weights
@@ -42,7 +42,7 @@ def two(folder, one) -> dict:
 
 @installed
 @pytest.mark.parametrize("strategy", ZERO)
-@pytest.mark.parametrize("name", sorted(RUNS.keys() - {*METHODS, *ROUNDED}))
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - ROUNDED))
 def test_two_processes_do_what_one_does(one, two, strategy, name):
     """Completions, rewards, metrics (so advantages, ELBOs, losses and the global gradient norm), weights.
 

@@ -14,10 +14,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import SimpleProfiler
+from run_cases import SFT, TINY, ends, refused, same, tiny_fixture  # noqa: F401
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_runs import SFT, TINY, ends, read_metrics, refused, same, tiny  # noqa: F401
 
 from espo_lightning import fit, sft
+from espo_lightning.training.report import read_metrics
 from espo_lightning.training.signals import Signals
 from espo_lightning.training.trainer_flags import CALLBACKS, MANUAL, REFUSED, UNVALIDATED
 
@@ -80,7 +81,7 @@ PROGRAMS = {"fit": (fit, 0), "sft": (sft, 1)}
 
 
 @pytest.fixture
-def flags(tiny):  # noqa: F811
+def flags(tiny):
     return {"fit": [*tiny, "--data.batches=3"], "sft": [*SFT, "--data.batches=3"]}
 
 

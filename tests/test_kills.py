@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from interruptions import life
-from test_runs import TINY, assert_equal_runs
+from run_cases import TINY, assert_equal_runs
 
 from espo_lightning import new_policy
 from espo_lightning.training.run_folder import checkpoints_in

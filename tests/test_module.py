@@ -1,19 +1,18 @@
-"""ESPOModule: invariants of one training step, an effect for every option, and bad input."""
+"""The training step: invariants, the effect of every option, resume."""
 
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import Letters, fit, parameters, share_of_a, small_module, small_policy
 from lightning.pytorch import Callback
+from module_cases import Record, run
 
 from espo_lightning import (
     ELBO,
     Decoding,
     MeanField,
-    PolicyGradient,
     PromptDataModule,
     QuadratureELBO,
     TimeELBO,
@@ -24,33 +23,12 @@ from espo_lightning import (
     mean_centred,
     random_order,
     score,
-    sequence_ratio,
     standardised,
     token_ratio,
 )
 from espo_lightning.training.rollout import chunks
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
-
-
-class Record(Callback):
-    """Keeps the metrics of every rollout, and a copy of the parameters before it."""
-
-    def __init__(self):
-        self.metrics, self.before, self.rollouts = [], [], []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.before.append(parameters(module).clone())
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-        self.rollouts.append(module.last_rollout)
-
-
-def run(module, batches: int = 2, **settings) -> Record:
-    record = Record()
-    fit(module, batches, callbacks=[record], **settings)
-    return record
 
 
 # ---- invariants ----------------------------------------------------------------------------------------
@@ -192,6 +170,7 @@ class CountGraphs:
         return graph.forward
 
 
+@pytest.mark.slow
 def test_compiling_changes_the_execution_and_not_the_numbers(monkeypatch):
     backend = CountGraphs()
     monkeypatch.setattr(torch.compiler, "list_backends", lambda exclude_tags: [backend])
@@ -214,6 +193,7 @@ def test_mixed_precision_scores_in_float32():
 
 
 # ---- every option has an effect --------------------------------------------------------------------------
+
 
 BASE = {"updates": 3, "likelihood": ELBO(draws=2), "beta": 0.1, "clip_range": 0.02}
 CHANGES = {
@@ -279,95 +259,6 @@ def test_every_option_has_an_effect(trained, name):
 def test_clip_in_nats_equals_the_same_clip_in_the_papers_unit(trained):
     nats = trained("nats", {"clip_nats": 4 * math.log1p(0.02)})
     torch.testing.assert_close(nats, trained("base", {}), rtol=1e-6, atol=1e-7)
-
-
-# ---- bad input -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"group_size": 1}, "group_size must be at least 2"),
-        ({"updates": 0}, "updates and micro_batch must be at least 1"),
-        ({"micro_batch": 0}, "updates and micro_batch must be at least 1"),
-        ({"clip_range": None}, "give clip_range or clip_nats"),
-        ({"clip_range": -0.1}, "clip_range must be 0 or positive"),
-        ({"clip_nats": math.nan}, "clip_nats must be 0 or positive"),
-        ({"beta": -1.0}, "beta must be 0"),
-        ({"compile": "nothing"}, "compile must be one of"),
-        ({"kl": k2_u}, "independent mask draws"),
-        ({"kl": k2_u, "likelihood": ELBO(draws=4, stratified=True)}, "independent mask draws"),
-        ({"beta": 0, "reference_sync": 2}, "no effect with beta=0"),
-        ({"decoding": Decoding(4, 4, 4, temperature=0.0)}, "temperature is 0"),
-    ],
-)
-def test_contradictions_raise_before_any_work(settings, message):
-    with pytest.raises(ValueError, match=message):
-        small_module(**settings)
-
-
-def test_a_prompt_that_is_too_long_raises_and_names_it():
-    with pytest.raises(ValueError, match=r"a prompt has 5 tokens, more than max_prompt_length=4.*'abc'"):
-        fit(small_module(max_prompt_length=4))
-
-
-def raises_on_a(prompt, text):
-    if "a" in text:
-        raise KeyError("broken")
-    return {"reward": 0.5, "exact": 0.0}
-
-
-def nan_on_a(prompt, text):
-    return {"reward": math.nan if "a" in text else 0.5, "exact": 0.0}
-
-
-@pytest.mark.parametrize("verify", [raises_on_a, nan_on_a])
-def test_a_failing_verifier_costs_one_completion_its_reward_and_nothing_else(verify):
-    with pytest.warns(UserWarning, match="the completion gets reward 0"):
-        record = run(small_module(group_size=16), task=Letters(verify))
-    rollout = record.rollouts[0]
-    failed = torch.tensor([v["failed"] for v in rollout.verdicts])
-    assert 0 < failed.sum() < len(failed)
-    assert torch.equal(rollout.rewards.flatten(), 0.5 * (1 - failed))
-    assert record.metrics[0]["reward/failed"] == pytest.approx(float(failed.mean()))
-
-
-class Poison(Callback):
-    """Makes the gradient NaN in some rollouts."""
-
-    def __init__(self, rollouts):
-        self.rollouts = rollouts
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        poisoned = batch_idx in self.rollouts
-        module.objective = PolicyGradient(ratio=_nan_ratio if poisoned else sequence_ratio)
-
-
-def _nan_ratio(scores):
-    log_ratio, weight = sequence_ratio(scores)
-    return log_ratio * math.nan, weight
-
-
-def test_a_nan_gradient_skips_the_update_and_is_counted(tmp_path):
-    module, record = small_module(), Record()
-    with pytest.warns(UserWarning, match="the gradient is NaN or infinite"):
-        trainer = fit(module, 3, folder=tmp_path, callbacks=[Poison({1}), record])
-    assert [m["train/skipped_updates"] for m in record.metrics] == [0, 1, 0]
-    assert torch.equal(record.before[1], record.before[2])  # nothing was applied
-    assert not torch.equal(record.before[2], parameters(module))
-    assert trainer.global_step == 6  # skipped updates count: checkpoints and schedules stay in step
-    saved = torch.load(tmp_path / "nonfinite_rollout_1_rank0.pt")
-    assert torch.equal(saved["completion"], record.rollouts[1].completion)
-
-
-def test_too_many_nan_gradients_stop_the_run_with_advice(tmp_path):
-    module = small_module(max_skipped=3)
-    with (
-        pytest.warns(UserWarning, match="NaN or infinite"),
-        pytest.raises(FloatingPointError, match=r"4 updates in a row .* lower the learning rate"),
-    ):
-        fit(module, 4, folder=tmp_path, callbacks=[Poison(range(9))])
-    assert len(list(Path(tmp_path).glob("nonfinite_rollout_*"))) == 2
 
 
 # ---- resume ------------------------------------------------------------------------------------------------

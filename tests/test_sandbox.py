@@ -1,60 +1,20 @@
-"""The sandbox: every escape is tried on every backend, and afterwards nothing may be left."""
+"""The sandbox: what programs return, and every fake and escape on every backend."""
 
-import contextlib
-import glob
-import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import textwrap
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from processes import descendants
-from sandbox_attacks import ESCAPES, FAKES, SECRET
+from sandbox_attacks import ESCAPES, FAKES
+from sandbox_cases import (
+    AVAILABLE,
+    assert_contained,
+    assert_not_faked,
+    body,
+    box_fixture,  # noqa: F401
+)
 
-from espo_lightning import evaluate, fit
 from espo_lightning.tasks.sandbox import run as sandbox
-from espo_lightning.tasks.sandbox.run import Sandbox, SandboxUnavailable
-
-AVAILABLE = [backend for backend in sandbox.BACKENDS if not sandbox.probe(backend)]
-
-
-def processes() -> dict[int, str]:
-    """All living processes of this machine that belong to a sandbox, by their command line."""
-    found = {}
-    for entry in glob.glob("/proc/[0-9]*/cmdline"):
-        try:
-            command = Path(entry).read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if "inner.py" in command and "maths_inner.py" not in command:
-            found[int(entry.split("/")[2])] = command
-    return found
-
-
-@pytest.fixture(scope="module", params=AVAILABLE or ["none"])
-def box(request):
-    """A pool of two runners. On a host without any backend each test checks that model code is refused instead."""
-    if request.param == "none":
-        with pytest.raises(SandboxUnavailable, match="allow_unsafe"):
-            Sandbox()
-        pytest.skip("no isolation on this host: the refusal was checked instead")
-    pool = Sandbox(2, backend=request.param)
-    yield pool
-    pool.close()
-
-
-def body(source: str) -> str:
-    return textwrap.dedent(source)
-
+from espo_lightning.tasks.sandbox.run import SandboxUnavailable
 
 # ---- what it is for -----------------------------------------------------------------------------------------------
 
@@ -161,15 +121,7 @@ def test_a_test_that_hangs_is_stopped(box):
 
 @pytest.mark.parametrize("fake", FAKES)
 def test_cannot_fake_a_result(box, fake):
-    tests = (
-        "assert f(1) == 1234567",
-        "assert all([f(1) == 1234567])",
-        "assert isinstance(f(1), int) and f(1) > 9**9",
-        "assert 1234567 in f(1)",
-    )
-    result = box.test(body(FAKES[fake]), tests, exports=("f",), timeout=2.0)
-    assert result.passed == (False,) * 4, result
-    assert box.run("print(1)").stdout == "1\n"
+    assert_not_faked(box, fake)
 
 
 def test_harness_offers_only_the_functions_it_passed(box):
@@ -191,15 +143,7 @@ def test_harness_offers_only_the_functions_it_passed(box):
 
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_contained(box, escape, monkeypatch):
-    monkeypatch.setenv("ESPO_TEST_SECRET", SECRET)
-    source, statuses, expected = ESCAPES[escape]
-    result = box.run(source.replace("PARENT", str(os.getpid())), timeout=1.5, memory_mb=256)
-    assert result.status in statuses, result
-    assert "DONE" not in result.stdout
-    assert expected in result.stdout
-    assert len(result.stdout) <= 70_000
-    assert result.seconds < 6
-    assert box.run("import os\nprint(os.listdir('.'))").stdout == "[]\n"  # the pool works, nothing of the job is left
+    assert_contained(box, escape, monkeypatch)
 
 
 def test_asyncio_and_threads_still_work(box):
@@ -224,227 +168,3 @@ def test_a_listening_parent_is_not_reached(box):
         assert result.status == "error"
         with pytest.raises(TimeoutError):
             server.accept()
-
-
-# ---- the pool -----------------------------------------------------------------------------------------------------
-
-
-def test_bad_programs_do_not_disturb_good_ones(box):
-    programs = ["while True: pass", "import os; os._exit(1)", "x = bytearray(10**10)", "import os\nos.fork()"]
-
-    def one(index: int) -> str:
-        if index % 4 == 0:
-            return box.run(programs[index // 4 % 4], timeout=0.5).status
-        return box.run(f"print({index})").stdout
-
-    with ThreadPoolExecutor(8) as threads:
-        outputs = list(threads.map(one, range(48)))
-    assert all(outputs[i] == f"{i}\n" for i in range(48) if i % 4)
-
-
-def test_a_killed_runner_is_replaced(box):
-    box.run("print(1)")
-    for pid in descendants(os.getpid()) & set(processes()):
-        with contextlib.suppress(ProcessLookupError):  # it died with the one before
-            os.kill(pid, signal.SIGKILL)
-    time.sleep(0.1)
-    assert [box.run("print(2)").stdout for _ in range(4)] == ["2\n"] * 4
-
-
-def test_nothing_is_left(box):
-    """After hostile jobs and close(): no process of ours, no directory of ours, no zombie."""
-    pool = Sandbox(2, backend=box.backend)
-    for escape in ("fork bomb", "many files", "a thread that outlives main", "os._exit", "infinite loop"):
-        pool.run(ESCAPES[escape][0], timeout=1.0, memory_mb=256)
-    for used in (pool, box, sandbox.shared()):
-        used.close()
-    time.sleep(0.3)
-    assert not descendants(os.getpid()) & set(processes())
-    mine = {entry for pid in descendants(os.getpid()) for entry in [Path(f"/proc/{pid}/stat").read_text().split()[2]]}
-    assert "Z" not in mine
-    assert not glob.glob(os.path.join(tempfile.gettempdir(), "espo-escape*"))
-    assert not Path("/dev/shm/espo-escape").exists()
-
-
-OWNER = """
-import json, sys, threading, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import types
-for name in ("espo_lightning", "espo_lightning.tasks"):  # without the package's own imports, which need torch
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__path__ = [str(Path(sys.argv[1], *name.split(".")))]
-from espo_lightning.tasks.sandbox.run import Sandbox
-pool = Sandbox(1, backend=sys.argv[2])
-pool.run("print(1)")
-threading.Thread(target=pool.run, args=("while True: pass",), kwargs={"timeout": 60.0}).start()
-time.sleep(0.5)
-print("running", flush=True)
-time.sleep(60)
-"""
-
-
-def test_everything_dies_with_its_owner(box):
-    """The trainer is killed with SIGKILL while a program runs: the whole tree must follow by itself."""
-    root = str(Path(__file__).parents[1])
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, root, box.backend], stdout=subprocess.PIPE)
-    assert owner.stdout.readline() == b"running\n"
-    tree = descendants(owner.pid)
-    assert len(tree) >= 4  # runner, cage, harness, program
-    owner.kill()
-    owner.wait()
-    owner.stdout.close()
-    deadline = time.monotonic() + 8
-    while time.monotonic() < deadline and any(pid in processes() for pid in tree):
-        time.sleep(0.1)
-    assert not any(pid in processes() for pid in tree)
-    for left in glob.glob(os.path.join(tempfile.gettempdir(), "espo-sandbox-*")):
-        if not os.listdir(left):  # an owner that was killed cannot remove its (empty) directory
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def test_the_parent_is_never_patched(box):
-    before = (os.kill, os.remove, os.fork, shutil.rmtree, subprocess.Popen, signal.getsignal(signal.SIGALRM))
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda _: box.run("print(1)"), range(4)))
-    after = (os.kill, os.remove, os.fork, shutil.rmtree, subprocess.Popen, signal.getsignal(signal.SIGALRM))
-    assert before == after
-    assert threading.active_count() < 20
-
-
-def test_many_programs_at_a_time_get_their_own_results(box):
-    with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(lambda i: box.run(f"print({i})"), range(40)))
-    assert [r.stdout for r in results] == [f"{i}\n" for i in range(40)]
-
-
-# ---- backend selection --------------------------------------------------------------------------------------------
-
-
-NO_LAYERS = """
-
-def absent(*args):
-    raise OSError(38, "not on this host")
-
-enter_namespaces = mount_private = landlock = drop_capabilities = seccomp = absent
-LAYERS = (enter_namespaces, mount_private, landlock, drop_capabilities, seccomp)
-"""
-DOORS = ("start processes", "signal others", "use the network", "list files", "read files", "change permissions")
-# What limits, kills and the separation of program and tests contain without help from the system.
-CONTAINED_ANYWHERE = (
-    *("infinite loop", "sleep", "ignored signals", "memory bomb", "mmap bomb", "one large file", "output flood"),
-    *("deep recursion", "deeper recursion", "os._exit", "environment", "a thread that outlives main", "thread bomb"),
-    *("closing every descriptor", "a bomb of threads with small stacks"),
-)
-
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """A host that offers nothing: no bubblewrap, and every layer refused by the kernel."""
-    for path in sandbox.INNER:
-        shutil.copy(path, tmp_path)
-    with open(tmp_path / "isolation.py", "a") as file:
-        file.write(NO_LAYERS)
-    monkeypatch.setattr(sandbox, "INNER", [str(tmp_path / Path(path).name) for path in sandbox.INNER])
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    sandbox._choose.cache_clear()
-    yield
-    sandbox._choose.cache_clear()
-
-
-@pytest.fixture
-def unsafe(bare):
-    with pytest.warns(UserWarning, match="UNSAFE SANDBOX"):
-        pool = Sandbox(2, allow_unsafe=True)
-    yield pool
-    pool.close()
-
-
-@pytest.mark.usefixtures("bare")
-def test_refuses_without_isolation():
-    with pytest.raises(SandboxUnavailable, match="allow_unsafe=true") as caught:
-        Sandbox()
-    assert "bwrap: not on PATH" in str(caught.value)
-    assert "not on this host" in str(caught.value)
-
-
-@pytest.mark.usefixtures("bare")
-def test_the_warning_says_what_is_not_contained():
-    with pytest.warns(UserWarning, match="UNSAFE SANDBOX.*bwrap: not on PATH; stdlib: .*not on this host") as caught:
-        pool = Sandbox(1, allow_unsafe=True)
-    assert pool.backend == "unsafe"
-    assert [door for door in DOORS if door not in str(caught[0].message)] == []
-
-
-@pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize(("main", "prefix"), [(fit.main, "data."), (evaluate.main, "")], ids=["fit", "evaluate"])
-def test_a_run_that_cannot_verify_ends_before_it_starts(main, prefix, tmp_path, monkeypatch, capsys):
-    """One message, nothing written; with the choice of the unsafe sandbox it runs, after the warning."""
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    rows = Path(__file__).parent / "data" / "mbpp_60.jsonl"
-    flags = [f"--{prefix}task=MBPP", f"--{prefix}task.path={rows}"]
-    if main is fit.main:
-        flags += ["--data.eval_problems=2", "--data.eval_batch_size=2", "--data.batches=1", "--data.batch_size=1"]
-        flags += ["--model.group_size=2", "--trainer.accelerator=cpu", "--run_dir=."]
-    else:
-        flags += ["--problems=2", "--output=result.json", "--decoding.length=16"]
-    with pytest.raises(SystemExit) as error:
-        main(flags)
-    assert error.value.code == 2
-    printed = capsys.readouterr().err
-    assert "no isolation for model-written code on this host (bwrap: not on PATH; stdlib: " in printed
-    assert "allow_unsafe=true" in printed
-    assert "Traceback" not in printed
-    assert list(folder.iterdir()) == []
-    with pytest.warns(UserWarning, match="UNSAFE SANDBOX"):
-        main([*flags, f"--{prefix}task.allow_unsafe=true"])
-    assert list(folder.iterdir())
-
-
-@pytest.mark.parametrize("escape", CONTAINED_ANYWHERE)
-def test_contained_without_isolation(unsafe, escape, monkeypatch):
-    test_contained(unsafe, escape, monkeypatch)
-
-
-@pytest.mark.parametrize("fake", FAKES)
-def test_cannot_fake_a_result_without_isolation(unsafe, fake):
-    test_cannot_fake_a_result(unsafe, fake)
-
-
-def test_daemons_die_without_isolation(unsafe):
-    """Forks are not refused there but killed, in sessions of their own too; what they left in the directory is gone."""
-    source = """
-        import os, signal, time
-        for index in range(20):
-            if os.fork() == 0:
-                if index % 2: os.setsid()
-                if index % 3: signal.signal(15, signal.SIG_IGN)
-                if os.fork() == 0 or index % 5:
-                    time.sleep(60)
-                os._exit(0)
-        os.makedirs('a/b'); open('a/b/c', 'w'); os.symlink('/etc/passwd', 'l')
-        print('forked')
-        """
-    before = descendants(os.getpid())
-    assert unsafe.run(body(source)).stdout == "forked\n"
-    assert unsafe.run("import os\nprint(os.listdir('.'))").stdout == "[]\n"
-    unsafe.close()
-    assert descendants(os.getpid()) <= before
-    assert Path("/etc/passwd").exists()
-
-
-@pytest.mark.usefixtures("bare")
-def test_the_probe_sees_every_open_door(monkeypatch):
-    """Whatever a backend claims, one open door ends its choice."""
-    result = sandbox._probe("unsafe")
-    assert [door for door in DOORS if door not in result.stdout] == []
-    assert result.status == "crash"  # the last door is to become another program
-    monkeypatch.setattr(sandbox, "PROBE", sandbox.PROBE.replace('is_open(os.execv, "/bin/true", ["true"])', ""))
-    assert sandbox.probe("unsafe").startswith("unsafe: error: AssertionError: a program can start processes, signal")
-
-
-def test_results_are_plain_data():
-    result = sandbox.Result("ok", (True,), "", "", 0.0)
-    assert json.loads(json.dumps(result)) == ["ok", [True], "", "", 0.0]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import small_policy
-from test_sampler import PROMPT, Recorder, keys_of, peaky_policy, rng, some_prompts
+from decoding_cases import PROMPT, Recorder, keys_of, peaky_policy, rng, some_prompts
 
 from espo_lightning import (
     AutoregressiveDecoding,
@@ -67,7 +67,7 @@ def test_a_trace_costs_no_pass_and_changes_no_token(policy, decoding):
     assert trace.steps.max() < decoding.passes
 
 
-@pytest.mark.parametrize("name", DECODINGS.keys() - {"corrector", "threshold"})
+@pytest.mark.parametrize("name", sorted(DECODINGS.keys() - {"corrector", "threshold"}))
 def test_steps_are_those_in_which_the_canvas_changed(policy, name):
     decoding, prompts = DECODINGS[name], some_prompts(5)
     recorder = Recorder(policy)

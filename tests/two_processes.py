@@ -1,15 +1,18 @@
-"""The runs that test_distributed.py compares: the same four rollouts on one process and on two, under each strategy.
+"""The runs that the tests of strategies compare: the same four rollouts on one process and on two, under each strategy.
 
 As a program, it does a stage of them and saves what the first process saw: ``python tests/two_processes.py FOLDER
 before|two|after``, in this order, where FOLDER holds one_sync.ckpt and one_lora.ckpt, of runs on one process. Before
 and after all the runs on two processes, there are runs on one that exchange sharded checkpoints with them. The stage
-``zero`` is the runs under DeepSpeed, for which its package must be there, and those that are compared with ddp's.
+``zero`` is the runs under DeepSpeed, for which its package must be there, and those that are compared with ddp's. Names
+of methods, separated by commas, are a stage of their own: under ddp, as methods differ in their losses only, which no
+strategy sees.
 """
 
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -125,8 +128,7 @@ RUNS = {  # settings of the module; "policy", "precision" and "poison" are taken
     "blocks": {"policy": block_policy, "decoding": BlockDecoding(4, 2, 4), "likelihood": BlockELBO(2, block=2), **ADAM},
 }
 PRESETS = sorted((HERE.parent / "experiments" / "methods").glob("*.yaml"))
-METHODS = {path.stem: small_method(read_method(path)) for path in PRESETS}  # under ddp only
-RUNS |= METHODS
+METHODS = {path.stem: small_method(read_method(path)) for path in PRESETS}
 RESUMED = ("sync", "lora")
 ROUNDED = ("bf16", "bf16 base")  # another order of additions, or number of rows, may flip a token
 # whose checkpoints are folders; FSDP1 does not train adapters on one process
@@ -190,7 +192,7 @@ def run(
         resume: a checkpoint to begin with.
         changes: of the settings.
     """
-    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **RUNS[name], **changes}
+    settings = {"optimizer": partial(torch.optim.SGD, lr=10.0), **(RUNS | METHODS)[name], **changes}
     poison, precision = settings.pop("poison", False), settings.pop("precision", "32-true")
     module = small_module(settings.pop("policy", small_policy)(), **settings)
     data = PromptDataModule(Letters(), batch_size=4, batches=4, eval_problems=4, eval_batch_size=4)
@@ -221,10 +223,10 @@ def clipped_norm_in_parts() -> torch.Tensor:
         return clip_grad_norm(nn.Linear(1, 1), DDPStrategy(), 1.0)
 
 
-def alone(folder: Path) -> dict:
-    """Every run on one process: the oracle. Those that are resumed leave their checkpoints in the folder."""
+def alone(folder: Path, names: Iterable[str] = RUNS) -> dict:
+    """The runs on one process: the oracle. Those that are resumed leave their checkpoints in the folder."""
     saved = {name: folder / f"one_{name}.ckpt" for name in RESUMED}
-    return {name: run(name, "auto", 1, folder, save=saved.get(name)) for name in RUNS}
+    return {name: run(name, "auto", 1, folder, save=saved.get(name)) for name in names}
 
 
 def staged(folder: Path, *stages: str, timeout: float, **environment: str) -> dict:
@@ -239,18 +241,29 @@ def staged(folder: Path, *stages: str, timeout: float, **environment: str) -> di
     return results
 
 
-def runs_under(strategy: str, name: str) -> bool:
-    """Methods differ in their losses only, which no strategy sees."""
-    return name not in METHODS or strategy == "ddp"
+def assert_same(result: dict, expected: dict, exactly: bool = False) -> None:
+    """The last rollouts of a run, as many as it has, its metrics, its validation and its final weights."""
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 5e-6}
+    start = len(expected["rollouts"]) - len(result["rollouts"])
+    for mine, other in zip(result["rollouts"], expected["rollouts"][start:], strict=True):
+        assert mine["texts"] == other["texts"]
+        assert torch.equal(mine["rewards"], other["rewards"])
+    for mine, other in zip(result["metrics"], expected["metrics"][start:], strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True, **tolerance)
+    torch.testing.assert_close(result["val"], expected["val"], **tolerance)
+    assert result["weights"].keys() == expected["weights"].keys()
+    torch.testing.assert_close(result["weights"], expected["weights"], **tolerance)
 
 
 def main(folder: Path, stage: str) -> None:
-    results, devices = {}, 2 if stage in ("two", "zero") else 1
+    results, devices = {}, 1 if stage in ("before", "after") else 2
     plain, resumed = {"two": (("ddp", "fsdp", "fsdp2"), STRATEGIES), "zero": (ZERO, ZERO)}.get(stage, ((), ()))
 
     def do(strategy: str, name: str, how: str = "whole", **files: Path) -> None:
         results[strategy, name, how] = run(name, (STRATEGIES | ZERO)[strategy](), devices, folder, **files)
 
+    for name in stage.split(",") if stage.split(",")[0] in METHODS else ():
+        do("ddp", name)
     for strategy, name in SHARDED if devices == 1 else ():
         if stage == "before":
             do(strategy, name, save=folder / f"one_{strategy}_{name}.ckpt")
@@ -258,7 +271,7 @@ def main(folder: Path, stage: str) -> None:
             do(strategy, name, "resumed from two processes", resume=folder / f"{strategy}_{name}.ckpt")
     for strategy in plain:
         for name in RUNS:
-            if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base") and runs_under(strategy, name):
+            if name not in RESUMED and (strategy, name) != ("fsdp", "bf16 base"):
                 do(strategy, name)
     for strategy in resumed:
         for name in RESUMED:

@@ -44,6 +44,7 @@ class AutoregressiveDecoding(Decoder):
 
     @property
     def passes(self) -> int:
+        """A forward pass per token, at most."""
         return self.length
 
     def decode(

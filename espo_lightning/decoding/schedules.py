@@ -17,7 +17,15 @@ class Step(NamedTuple):
 
 
 def even_schedule(tokens: int, steps: int) -> list[Step]:
-    """LLaDA's: as even as possible, the remainder first."""
+    """LLaDA's schedule: the steps of a block commit equally many tokens, and the first ones the remainder.
+
+    Args:
+        tokens: of the block.
+        steps: of the block.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
     check_counts(1, tokens=tokens, steps=steps)
     base, extra = divmod(tokens, steps)
     return [Step(base + (step < extra)) for step in range(steps)]
@@ -30,9 +38,16 @@ def _dream_ratios(steps: int) -> Tensor:
 
 
 def dream_schedule(tokens: int, steps: int) -> list[Step]:
-    """Dream's: floor(m (1 - s/t)) of the m hidden positions between the times t and s, the last step the rest.
+    """Dream's schedule: of m hidden positions, floor(m (1 - s/t)) between the times t and s, in the last step the rest.
 
     Early steps may commit nothing; they cost no forward pass here.
+
+    Args:
+        tokens: of the block.
+        steps: of the block.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
     check_counts(1, tokens=tokens, steps=steps)
     plan, hidden = [], tokens
@@ -43,7 +58,15 @@ def dream_schedule(tokens: int, steps: int) -> list[Step]:
 
 
 def origin_schedule(tokens: int, steps: int) -> list[Step]:
-    """Dream's ``origin``, with `random_order`: each hidden position with chance 1 - s/t, the last step the rest."""
+    """Dream's ``origin``, with `random_order`: each hidden position with chance 1 - s/t, in the last step the rest.
+
+    Args:
+        tokens: of the block.
+        steps: of the block.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
     check_counts(1, tokens=tokens, steps=steps)
     return [*(Step(0, bar) for bar in _dream_ratios(steps).tolist()), Step(tokens)]
 

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder
@@ -14,7 +13,6 @@ from espo_lightning.policies.fingerprint import fingerprint
 from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
-from espo_lightning.training.strategies import weights_in
 
 
 def solve(
@@ -23,6 +21,21 @@ def solve(
     """Decode one completion per problem with keys [B], and judge it (`judge_all`): texts and verdicts."""
     texts = policy.decode(decoding.generate(policy, policy.encode([p.prompt for p in problems]), keys))
     return texts, judge_all(problems, texts, must_work=must_work)
+
+
+def place(policy: Policy, device: str, local: int = 0) -> None:
+    """Put a policy on a device, "auto" = GPU number ``local`` or the CPU if there is none, in eval mode.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        policy.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:  # torch built without it, or no such name
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} is not possible ({reason}): use auto, cpu, or cuda:0 and so on") from error
 
 
 def as_json(decoding: Decoding) -> dict:
@@ -37,6 +50,10 @@ def load_weights(policy: Policy, checkpoint: str) -> None:
     Raises:
         ValueError: it is no such checkpoint, one of another architecture, or of adapters for another base.
     """
+    import torch.distributed.checkpoint as dcp
+
+    from espo_lightning.training.strategies import weights_in  # Lightning, which nothing else here needs
+
     path = Path(checkpoint)
     frozen = {f"policy.{n}": p for n, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
     weights = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}

@@ -17,6 +17,7 @@ from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.objectives.advantages import equal_groups
 from espo_lightning.objectives.objective import Objective, Scores, Statistics
 from espo_lightning.scoring.likelihood import Likelihood
+from espo_lightning.training.command_line import publish
 from espo_lightning.training.module import ESPOModule
 
 
@@ -69,6 +70,7 @@ def read_method(path: str | Path, *changes: str) -> Method:
     settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model", {})
     names = {field.name for field in fields(Method)}
     others = set(signature(ESPOModule).parameters) - names
+    publish()
     parser = ArgumentParser()
     parser.add_class_arguments(ESPOModule, "model", skip=others, instantiate=False)
     parser.add_argument("--config", action="config")

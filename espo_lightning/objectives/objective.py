@@ -53,12 +53,12 @@ class Scores:
 
 
 def alike(length: Tensor) -> Tensor:
-    """Every completion counts alike: [B] -> [B]."""
+    """Every completion counts alike in the loss: lengths [B] -> ones [B]."""
     return torch.ones_like(length, dtype=torch.float32)
 
 
 def by_length(length: Tensor) -> Tensor:
-    """A completion counts by its tokens, so that the loss is one mean over all tokens of a rollout: [B] -> [B]."""
+    """A completion counts by its tokens, so that the loss is one mean over all tokens: lengths [B] -> [B]."""
     return length.float()
 
 

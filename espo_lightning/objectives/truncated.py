@@ -51,7 +51,15 @@ class TruncatedRatio:
 
 
 def truncated_ratio(scores: Scores, clip: float = 0.2) -> tuple[Tensor, Tensor]:
-    """`TruncatedRatio` of the likelihood's own score, as a plain function."""
+    """`TruncatedRatio` of the likelihood's own score, as a plain function of `Scores`.
+
+    Args:
+        scores: of B completions.
+        clip: how far the ratio may be from 1.
+
+    Returns:
+        Log-ratios [B, 1] and weights [B, 1].
+    """
     return TruncatedRatio(clip)(scores)
 
 
@@ -68,5 +76,8 @@ def hamming_ball(scores: Scores, log_probs: Tensor, advantages: Tensor | None = 
 
 
 def ball_kl(scores: Scores, kl: Estimator, to: Tensor) -> Penalty:
-    """Of `hamming_ball`, undivided."""
+    """The penalty of `hamming_ball` instead of the likelihood's score, undivided.
+
+    Arguments and results are those of `sequence_kl`.
+    """
     return kl((hamming_ball(scores, scores.new) - hamming_ball(scores, to)).unsqueeze(0)), 1.0

@@ -9,7 +9,10 @@ from espo_lightning.objectives.objective import Objective, Scores, Statistics, a
 
 
 def total(scores: Scores, log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """The likelihood's own score, in nats per sequence: [M, B, L] -> [B]."""
+    """The likelihood's own score of log-probabilities [M, B, L], in nats per sequence [B].
+
+    The advantages are not looked at; other scores, such as `Sandwich`, do.
+    """
     return (scores.weight * log_probs).sum(-1).mean(0)
 
 

@@ -21,8 +21,6 @@ config, which does not say which of them it is: `load_policy` with ``block`` ope
 import inspect
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from espo_lightning.policies.config_keys import BLOCK, DROPPED, FIXED, OWN, check_keys, check_network
 from espo_lightning.policies.layout import FULL, Layout
 
@@ -88,6 +86,8 @@ def make_config(raw: dict) -> Any:
     Raises:
         ValueError: another network than the formats, a key that is missing, unknown, or of a wrong value.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return _config(raw)
     except KeyError as error:

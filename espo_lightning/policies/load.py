@@ -61,17 +61,10 @@ def load_policy(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(path, code=trust_remote_code)
-    if denoise and (lora is not None or (folder / "adapter_config.json").is_file()):
-        raise ValueError(
-            "denoise: true changes the base, which an adapter does not store: save the denoising policy of the causal "
-            "base as a folder of its own (sft does), and put adapters on that"
-        )
-    if block is not None and (lora is not None or (folder / "adapter_config.json").is_file()):
-        raise ValueError(
-            "an adapter does not store block: set block_size (and block_origin) in config.json of its base, or put "
-            "adapters on what sft saved"
-        )
-    if (folder / "adapter_config.json").is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter or lora is not None:
+        _check_adapted(denoise, block)
+    if adapter:
         if lora is not None:
             raise ValueError(f"{path} already is a LoRA adapter: train it on without lora, or merge it first by export")
         base = base_of(folder)
@@ -79,21 +72,41 @@ def load_policy(
         _take_text(policy, folder, trust_remote_code)
         policy.model = load_adapter(policy.model, folder, base)
     else:
-        raw, local = read_json(folder, "config.json"), folder == Path(path).expanduser()
-        name = str(folder.resolve() if local else path)
-        if raw.get("model_type") in MASKED_LMS:
-            if denoise or block is not None:
-                raise ValueError(f"a masked LM ({raw['model_type']}) denoises, in one block: drop denoise and block")
-            policy = load_masked_lm(folder, DTYPES[dtype], attention)
-        else:
-            layout = None if block is None else Layout(block, origin)
-            policy = _load_language_model(folder, raw, DTYPES[dtype], attention, trust_remote_code, denoise, layout)
-        policy.config._name_or_path = policy.model.name_or_path = name  # peft notes it
+        layout = None if block is None else Layout(block, origin)
+        policy = _load_base(folder, DTYPES[dtype], attention, trust_remote_code, denoise, layout)
+        local = folder == Path(path).expanduser()
+        policy.config._name_or_path = policy.model.name_or_path = str(folder.resolve() if local else path)  # for peft
         if lora is not None:
             policy.model = add_adapter(policy.model, lora)
     if gradient_checkpointing:
         _checkpoint_layers(policy)
     return policy.train(gradient_checkpointing)
+
+
+def _load_base(
+    folder: Path, dtype: torch.dtype | None, attention: str, code: bool, denoise: bool, layout: Layout | None
+) -> Policy:
+    """A masked LM or a language model, whichever the config says."""
+    raw = read_json(folder, "config.json")
+    if raw.get("model_type") not in MASKED_LMS:
+        return _load_language_model(folder, raw, dtype, attention, code, denoise, layout)
+    if denoise or layout is not None:
+        raise ValueError(f"a masked LM ({raw['model_type']}) denoises, in one block: drop denoise and block")
+    return load_masked_lm(folder, dtype, attention)
+
+
+def _check_adapted(denoise: bool, block: int | None) -> None:
+    """Refuse what an adapter's folder could not say again about its base."""
+    if denoise:
+        raise ValueError(
+            "denoise: true changes the base, which an adapter does not store: save the denoising policy of the causal "
+            "base as a folder of its own (sft does), and put adapters on that"
+        )
+    if block is not None:
+        raise ValueError(
+            "an adapter does not store block: set block_size (and block_origin) in config.json of its base, or put "
+            "adapters on what sft saved"
+        )
 
 
 def attends_forward(policy: Policy) -> bool:

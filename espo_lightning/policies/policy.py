@@ -13,13 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from espo_lightning.policies.config_keys import positions
 from espo_lightning.policies.layout import CAUSAL, FULL, Layout
-from espo_lightning.policies.prefix import Prefix, apply_head, selective_layer
+from espo_lightning.policies.prefix import Prefix, apply_head, selectable, selective_layer
 from espo_lightning.policies.prompts import Prompts
 from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
 from espo_lightning.ranges import check_counts
@@ -69,8 +66,7 @@ class Policy(nn.Module):
         self._check_layout()
         self.told_unknown = False
         last = self.layers[-1] if len(self.layers) else None
-        known = type(last) in (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-        self.selective = known and not whole_last_layer
+        self.selective = selectable(last) and not whole_last_layer
         if self.selective:
             last.forward = MethodType(selective_layer, last)
 
@@ -94,6 +90,7 @@ class Policy(nn.Module):
 
     @property
     def config(self):
+        """The network's configuration, as transformers has it."""
         return self.model.config
 
     @property
@@ -119,6 +116,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @property

@@ -2,40 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+LAYERS = {"LlamaDecoderLayer": "llama", "Qwen2DecoderLayer": "qwen2", "Qwen3DecoderLayer": "qwen3"}
 HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
 
 
-class _Room(DynamicLayer):
-    """Keys and values of a layer in room for ``size`` positions, written in place: a pass copies its own ones only.
+def _empty(room: int | None) -> Any:
+    from espo_lightning.policies.room import empty
 
-    What they were before is gone, so that nothing can be differentiated through them.
-    """
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size, self.room = size, ()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = tuple(x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (key_states, value_states))
-        start, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, start:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.room = tuple(room[indices] for room in self.room)
-        self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
+    return empty(room)
 
 
 class Prefix:
@@ -51,11 +31,7 @@ class Prefix:
     """
 
     def __init__(self, width: int | None, room: int | None = None):
-        self.width, self.room = width, room
-        self.cache = self._empty()
-
-    def _empty(self) -> Cache:
-        return DynamicCache() if self.room is None else Cache(layer_class_to_replicate=partial(_Room, self.room))
+        self.width, self.room, self.cache = width, room, _empty(room)
 
     def __len__(self) -> int:
         """Positions that are known."""
@@ -79,31 +55,37 @@ class Prefix:
         if self.width:
             self.cache.crop(self.width - len(self))
         else:  # a cache without positions would still insist on its rows
-            self.cache = self._empty()
+            self.cache = _empty(self.room)
 
     def of(self, rows: Tensor, stop: int | None = None) -> "Prefix":
         """Some rows, int64 indices that may repeat, and positions before ``stop``, as a store of its own.
 
         Without ``room``, gradients flow through it.
         """
+        from espo_lightning.policies.room import filled
+
         known, count = Prefix(self.width, self.room), len(self.cache.layers[0].keys)
         times, rest = divmod(len(rows), count)
         # all rows some times over, whose gradient is a plain sum, and that of an index a scattered one
         plain = rest == 0 and torch.equal(rows, torch.arange(count, device=rows.device).repeat(times))
-        for number, layer in enumerate(self.cache.layers):
-            keys, values = (x[:, :, :stop] for x in (layer.keys, layer.values))
-            keys, values = (x.repeat(times, 1, 1, 1) if plain else x.index_select(0, rows) for x in (keys, values))
-            if self.room is None:  # its update would copy them once more
-                known.cache.layers.append(copy := DynamicLayer())
-                copy.lazy_initialization(keys, values)
-                copy.keys, copy.values = keys, values
-            else:
-                known.cache.update(keys, values, number)
+
+        def some(x: Tensor) -> Tensor:
+            x = x[:, :, :stop]
+            return x.repeat(times, 1, 1, 1) if plain else x.index_select(0, rows)
+
+        known.cache = filled([(some(layer.keys), some(layer.values)) for layer in self.cache.layers], self.room)
         return known
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, an index."""
         self.cache.batch_select_indices(rows)
+
+
+def selectable(layer: nn.Module | None) -> bool:
+    """Whether a layer is transformers' own of Llama, Qwen2 or Qwen3, as `selective_layer` needs it."""
+    # by name, as none of these modules need be imported
+    family = LAYERS.get(type(layer).__name__)
+    return type(layer).__module__ == f"transformers.models.{family}.modeling_{family}"
 
 
 def selective_layer(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **arguments: Any) -> Tensor:

@@ -1,16 +1,16 @@
 """Small policies from scratch: LLaDA's architecture, or a causal Llama, with a character tokenizer."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from espo_lightning.policies.formats import layout_keys
 from espo_lightning.policies.layout import Layout
 from espo_lightning.policies.policy import Policy
 from espo_lightning.ranges import check_counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
@@ -18,8 +18,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per character: 66 tokens for digits, arithmetic, small letters and the chat's special tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     special = ["<pad>", "<eos>", "<mask>", "<unk>", "<system>", "<user>", "<assistant>"]
     characters = "0123456789+-*/()=,.:;<>?!'\"[]|_ \nabcdefghijklmnopqrstuvwxyz"
     vocabulary = [*special, *characters]
@@ -65,6 +69,8 @@ def new_policy(
     Raises:
         ValueError: a number out of range, or a width that the heads cannot share.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     check_counts(1, hidden_size=hidden_size, layers=layers, heads=heads, intermediate_size=intermediate_size)
     check_counts(0, seed=seed)
     if hidden_size % (2 * heads):

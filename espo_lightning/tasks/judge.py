@@ -60,6 +60,14 @@ def judge_all(
     """
     if len(problems) != len(texts):
         raise ValueError(f"judge_all needs one problem per text, got {len(problems)} problems, {len(texts)} texts")
+    judged = _in_parallel(problems, texts, limit, min(len(texts), threads or os.cpu_count() or 1))
+    if must_work:
+        check_works(judged)
+    return judged
+
+
+def _in_parallel(problems: Sequence[Problem], texts: Sequence[str], limit: float, threads: int) -> list[Verdict]:
+    """The verdicts, in the order of the texts; what takes longer than ``limit`` seconds has failed."""
     waiting, started, done = deque(range(len(texts))), {}, queue.SimpleQueue()
     verdicts: dict[int, Verdict] = {}
 
@@ -79,7 +87,7 @@ def judge_all(
         for _ in range(count):
             threading.Thread(target=work, name="verifier", daemon=True).start()
 
-    start(min(len(texts), threads or os.cpu_count() or 1))
+    start(threads)
     try:
         while len(verdicts) < len(texts):
             try:
@@ -98,7 +106,4 @@ def judge_all(
             verdicts.setdefault(index, verdict)  # one that was given up may still come
     finally:
         waiting.clear()  # after an error or Ctrl-C, start no more
-    judged = [verdicts[index] for index in range(len(texts))]
-    if must_work:
-        check_works(judged)
-    return judged
+    return [verdicts[index] for index in range(len(texts))]

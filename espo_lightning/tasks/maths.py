@@ -105,7 +105,11 @@ class _Worker:
             bufsize=0,
         )
         self.child, self.request, self.served = 0, 0, 0
-        self._await_child()
+        try:
+            self._await_child()
+        except OSError:
+            self.close()
+            raise
 
     def _await_child(self) -> None:
         """Raises OSError if no child gets ready. Drops a verdict that was on its way when its child was killed."""
@@ -150,6 +154,7 @@ class _Worker:
                 if number == signal.SIGPROF or deaths == 2:
                     if deaths == 2:  # a copy of the request may wait for the next child:
                         self.process.kill()  # the next call notices, and starts a new worker
+                        self.process.wait()  # or it stays a zombie until then
                     return "timeout" if number == signal.SIGPROF else "failed"
                 self.process.stdin.write(message)  # an answer to a second copy is dropped, its number being old
         self.served += 1

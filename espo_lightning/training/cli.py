@@ -20,13 +20,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from espo_lightning.tasks.verifiers import BrokenVerifier
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
-from espo_lightning.training.command_line import BAD_INPUT, as_list, option, spelt_out, with_spelling
+from espo_lightning.training.command_line import BAD_INPUT, as_list, helpful, option, publish, spelt_out
 from espo_lightning.training.data import unknown_tokens
 from espo_lightning.training.data_check import check_data
-from espo_lightning.training.moved import with_advice
+from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
-from espo_lightning.training.screen import progress, quiet
+from espo_lightning.training.screen import progress
 from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
 from espo_lightning.training.strategies import check, check_resume, named
 from espo_lightning.training.trackio_logger import TrackioLogger  # noqa: F401, for --trainer.logger=TrackioLogger
@@ -90,6 +90,7 @@ class TrainingCLI(LightningCLI):
         self.lock: int | None = None  # a descriptor; what is open is held
         self.content: dict = {}  # of the checkpoint from which to go on
         self.changes: resume.Changes = {}
+        publish()
         quiet()
         save_dir_is_optional()
         atexit.register(_leave)
@@ -120,7 +121,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        return with_spelling(with_advice(super().init_parser(**kwargs)))
+        return helpful(super().init_parser(**kwargs), self.command)
 
     def add_arguments_to_parser(self, parser) -> None:
         add = parser.add_argument

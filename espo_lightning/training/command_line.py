@@ -2,17 +2,21 @@
 
 import inspect
 import json
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from inspect import signature
 from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+import espo_lightning  # names only: what they stand for is imported when it is used
+from espo_lightning.shipped import found
+from espo_lightning.training.kept_help import keeping
 from espo_lightning.training.moved import with_advice
-from espo_lightning.training.screen import quiet
+from espo_lightning.training.quiet import quiet
 
 BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
 
@@ -27,8 +31,10 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         defaults: of parameters whose default cannot stand in the signature.
     """
     quiet()
+    rooms = {room(parameter.annotation) for parameter in signature(function).parameters.values()}
+    publish(name for name in espo_lightning.__all__ if room(name) in rooms - {""})
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = with_spelling(with_advice(ArgumentParser(prog=f"python -m {command}", usage=usage)))
+    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage), command)
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -39,6 +45,9 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
         if "settings" in signature(function).parameters:
             arguments["settings"] = json.loads(parser.dump(config, format="json", skip_unset=False))
         return function(**arguments)
+    except BrokenPipeError:  # who reads has seen enough, such as ``head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        raise SystemExit(141) from None
     except BAD_INPUT as error:
         parser.error(str(error))
 
@@ -55,21 +64,27 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths.
+    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths, and its own
+    experiments after ``--config`` as the files that they are.
 
     Classes have short names in jsonargparse already. A name is taken for a function's only where one is expected.
     """
-    spelt, expected = [], False
+    spelt, before = [], ""
     for argument in argv:
-        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if expected and not flag:
-            argument = functions().get(value, value)
-        name = flag.rsplit(".", 1)[-1].removeprefix("--")
-        if equals and name in functions_expected():
-            argument = f"{flag}={functions().get(value, value)}"
-        expected = bool(flag) and not equals and name in functions_expected()
+        head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        flag = head if equals else before  # whose value this is
+        if value in functions() and flag.rsplit(".", 1)[-1].removeprefix("--") in functions_expected():
+            argument = f"{head}{equals}{functions()[value]}"
+        elif flag == "--config" and value:
+            argument = f"{head}{equals}{found(value)}"
+        before = "" if equals else head
         spelt.append(argument)
     return spelt
+
+
+def helpful(parser: Any, command: str) -> Any:
+    """A parser whose errors say how things are spelt, and whose help need not be made twice."""
+    return keeping(with_spelling(with_advice(parser)), command)
 
 
 def with_spelling(parser: Any) -> Any:
@@ -85,23 +100,28 @@ def with_spelling(parser: Any) -> Any:
     return parser
 
 
-@cache
-def _public() -> dict[str, Any]:
-    import espo_lightning  # which imports this module
+def publish(names: Iterable[str] = espo_lightning.__all__) -> None:
+    """Import what public names stand for: jsonargparse knows classes by short names once they are there."""
+    for name in names:
+        getattr(espo_lightning, name)
 
-    return {name: getattr(espo_lightning, name) for name in espo_lightning.__all__}
+
+def room(thing: Any) -> str:
+    """The folder of this package where a public name, or a class or function, is; "" if nowhere."""
+    path = espo_lightning.WHERE.get(thing, "") if isinstance(thing, str) else getattr(thing, "__module__", "")
+    return path.split(".")[1] if path.startswith("espo_lightning.") else ""
 
 
 @cache
 def functions() -> dict[str, str]:
-    """The public functions of this library: short name -> import path."""
-    return {name: f"espo_lightning.{name}" for name, thing in _public().items() if inspect.isfunction(thing)}
+    """The public functions of this library: short name -> import path. Their names, and no others, begin small."""
+    return {name: f"espo_lightning.{name}" for name in espo_lightning.__all__ if name[0].islower()}
 
 
 @cache
 def functions_expected() -> set[str]:
     """The names of the parameters of public classes that are functions by default."""
-    classes = [thing for thing in _public().values() if inspect.isclass(thing)]
+    classes = [getattr(espo_lightning, name) for name in espo_lightning.__all__ if name not in functions()]
     return {
         parameter.name
         for cls in classes

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from espo_lightning.policies.policy import Policy
 from espo_lightning.tasks.base import Messages, Problem, Task
 from espo_lightning.tasks.files import BadRows
@@ -52,6 +50,8 @@ def check_data(
     if faults:
         raise BadRows([faults[key] for key in sorted(faults)])
     if {"train", "test"} <= prompts.keys() and (shared := shared_problems(prompts["train"], prompts["test"])):
+        from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # seconds that no other run waits for
+
         rank_zero_warn(
             f"{shared} of {len(prompts['test'])} test problems of {type(task).__name__} are training problems, too: "
             f"what is measured on them is not held out"

@@ -1,4 +1,4 @@
-"""Metrics of all processes: sums and counts that add up. The README's dictionary explains each."""
+"""Metrics of all processes: sums and counts that add up. docs/metrics.md explains each."""
 
 import math
 

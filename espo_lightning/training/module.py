@@ -249,7 +249,7 @@ class ESPOModule(PolicyModule):
     # ---- metrics, validation, optimizer, checkpoints -------------------------------------------------
 
     def log_step(self, rollout: Rollout, updates: list[dict[str, Share]], seconds: dict[str, float]) -> None:
-        """One row of metrics per rollout, of all processes; the README's dictionary explains each."""
+        """One row of metrics per rollout, of all processes; docs/metrics.md explains each."""
         means = rollout_row(rollout, updates, seconds, self.policy, self.trainer.world_size)
         means |= {"rollout": float(self.rollouts), "update": float(self.rollouts * self.updates)}
         self.log_dict(means, batch_size=1)

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 PHASES = {"time/rollout": "decoding", "time/score": "verifying and scoring", "time/update": "updates"}
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#888888"  # as in the notebooks' figures
 RARE = ("failed", "timeout")  # shown only if it happened
 
 
@@ -35,23 +36,37 @@ def plot_rewards(run_dir: Path, summary: dict) -> Path:
     rows = read_metrics(run_dir)
     train = [r for r in rows if "train/reward" in r]
     held_out = [(r["rollout"], r["val/exact"]) for r in rows if "val/exact" in r]
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot([r["rollout"] for r in train], [r["train/reward"] for r in train], label="training reward (sampled)")
+    axes.plot([r["rollout"] for r in train], [r["train/reward"] for r in train], color=BLUE)
+    ends = [(train[-1]["train/reward"], "training reward, sampled", BLUE)] if train else []
     if held_out:
-        axes.plot(*zip(*held_out), "o-", label=f"held-out exact (greedy, n = {summary['after']['n']})")
+        axes.plot(*zip(*held_out), "o-", color=RED, markersize=4)
+        ends.append((held_out[-1][1], f"held-out exact, greedy, n = {summary['after']['n']}", RED))
     for key, value in summary["chance"].items():
-        axes.axhline(value, color="grey", lw=0.8, ls="--" if key == "exact" else ":", label=f"chance, {key}")
+        axes.axhline(value, color=GREY, lw=0.8, ls="--" if key == "exact" else ":")
+        ends.append((value, f"chance, {key}", GREY))
     low, high = limits([r["train/reward"] for r in train])
     axes.set(xlabel="rollouts", ylabel="reward, accuracy", ylim=(low, high), title=f"seed {summary['seed']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
     if (low, high) != (0, 1):  # else they are the frame
         for value in (0, 1):
             axes.axhline(value, color="black", lw=0.6)
-    axes.legend(fontsize=8, loc="lower right")
+    for (_, words, colour), y in zip(sorted(ends), apart([value for value, _, _ in sorted(ends)], 0.07 * (high - low))):
+        axes.annotate(words, (1.01, y), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=10)
     path = run_dir / "reward.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def apart(values: list[float], gap: float) -> list[float]:
+    """Ascending heights of labels, each at its value or as far above it as the one below needs."""
+    placed: list[float] = []
+    for value in values:
+        placed.append(max([value, *(height + gap for height in placed[-1:])]))
+    return placed
 
 
 def limits(values: list[float]) -> tuple[float, float]:

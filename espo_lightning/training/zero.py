@@ -110,6 +110,7 @@ class DeepSpeed(DeepSpeedStrategy):
 
     @property
     def mixed(self) -> bool:
+        """Whether matrices are multiplied in bfloat16."""
         return self.precision_plugin.precision == "bf16-mixed"
 
     def autocast(self) -> torch.autocast:

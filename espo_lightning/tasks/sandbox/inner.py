@@ -199,8 +199,7 @@ def cage(mode: str, workdir: str, job_fd: int, size: int, event_fd: int, seconds
             os.closerange(3, 60)  # the job and the event channel are gone before any code of the model runs
             layer(seccomp)
             program_main(read, write)
-        for fd in (from_harness[0], to_program[1]):
-            os.close(fd)
+        os.close(from_harness[0]), os.close(to_program[1])
         deadline = time.monotonic() + seconds
         job = read_job(job_fd, size)
         layer(seccomp)
