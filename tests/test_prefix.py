@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_blocks import block_policy
+from block_cases import block_policy
 
 from espo_lightning import Policy
 from espo_lightning.keys import uniform, uniforms
