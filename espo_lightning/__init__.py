@@ -1,9 +1,14 @@
 """ESPO (arXiv:2512.03759): reinforcement learning for diffusion language models, on PyTorch Lightning."""
 
 import ast
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+if sys.argv[:1] == ["-m"]:  # one of the programs, not yet running: its threads sleep while they wait, see threads.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What is public, and where it is: the imports of `__init__.pyi`, which type checkers and editors read as well. A name
 # is imported when it is first used, so that a program without training does not wait for Lightning (SPEC 1).

@@ -2,7 +2,7 @@
 
 Interrupted, even by ``kill -9``, the same command goes on where it stopped. Under ``torchrun --nproc-per-node N -m
 espo_lightning.evaluate`` N processes share the batches, and the last one to finish writes the file. The result is the
-same either way, as batches are the same: only "seconds" differs.
+same either way, as batches are the same: only "seconds" and "threads" differ.
 """
 
 import os
@@ -28,6 +28,7 @@ from espo_lightning.tasks.statistics import cluster_of, per_problem, summarise
 from espo_lightning.training.command_line import run
 from espo_lightning.training.data_check import check_data
 from espo_lightning.training.report import told
+from espo_lightning.training.threads import choose_threads, computing_with, counted
 
 GREEDY = Decoding(temperature=0.0)
 
@@ -45,6 +46,7 @@ def evaluate(
     output: str = "evaluation.json",
     checkpoint: str | None = None,
     device: str = "auto",
+    threads: int | None = None,
     settings: dict | None = None,
 ) -> dict | None:
     """Decode and judge problems of a task, and write one JSON file: metrics with confidence intervals, every sample,
@@ -64,18 +66,21 @@ def evaluate(
         output: the file to write. Until then, ``OUTPUT.RANK.jsonl`` beside it hold what is done.
         checkpoint: a training checkpoint of ``policy`` (``RUN/checkpoints/*.ckpt``), whose weights are used instead.
         device: "auto" is this process's GPU, or the CPU if there is none.
+        threads: of a CPU to compute with; by default what OMP_NUM_THREADS says, or what the size of the policy is
+            worth (`choose_threads`). Another number may change results by rounding.
         settings: stored in the file.
 
     Returns:
         What was written: `summarise`'s numbers, "chance", "seconds" (of decoding and judging, over all processes),
-        "decoding", "settings", "samples" and so on. None if other processes are not done yet.
+        "threads" (of the process that wrote it), "decoding", "settings", "samples" and so on. None if other
+        processes are not done yet.
 
     Raises:
         ValueError: ``output`` exists, or an unfinished evaluation beside it is another one; contradictory arguments.
     """
     decoding = _decoding(decoding, protocol)
     check_counts(0, seed=seed)
-    _check_numbers(problems, samples, batch_size, decoding)
+    _check_numbers(problems, samples, batch_size, threads, decoding)
     task.check_host()
     check_data(task, policy, (split,))  # before anything is written
     problems = min(problems, task.size(split) or problems)  # none counts twice
@@ -105,14 +110,16 @@ def evaluate(
     pairs = [(i, s) for i in range(problems) for s in range(samples)]
     batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
     done = shards.read()
-    for number in tqdm(range(rank, len(batches), world), desc="evaluate", unit="batch", disable=rank > 0):
-        if number not in done:
-            shards.append(number, _solved(policy, task, split, batches[number], seed, decoding, number == 0))
+    with computing_with(choose_threads(threads, policy) if policy.device.type == "cpu" else None) as used:
+        for number in tqdm(range(rank, len(batches), world), desc="evaluate", unit="batch", disable=rank > 0):
+            if number not in done:
+                shards.append(number, _solved(policy, task, split, batches[number], seed, decoding, number == 0))
 
     records = shards.read()
     if len(records) < len(batches):
         return shards.finished()
-    result = _result([records[number] for number in range(len(batches))], samples, task, shards.header)
+    header = {"threads": used, **shards.header}
+    result = _result([records[number] for number in range(len(batches))], samples, task, header)
     shards.finish(result)
     return result
 
@@ -141,8 +148,8 @@ def _decoding(decoding: Decoder, protocol: str | None) -> Decoder:
     return protocol_named(protocol)
 
 
-def _check_numbers(problems: int, samples: int, batch_size: int, decoding: Decoder) -> None:
-    check_counts(1, problems=problems, samples=samples, batch_size=batch_size)
+def _check_numbers(problems: int, samples: int, batch_size: int, threads: int | None, decoding: Decoder) -> None:
+    check_counts(1, problems=problems, samples=samples, batch_size=batch_size, threads=threads)
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"samples={samples} at temperature 0 would all be equal: set decoding.temperature above 0")
 
@@ -184,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         intervals = {key: result["ci95"][key] for key in told(result)}
         lines = [f"{k:8} {result[k]:.3f}   95 % {lo:.3f} to {hi:.3f}" for k, (lo, hi) in intervals.items()]
-        lines.append(f"{result['n']} problems, written to {result['settings']['output']}")
+        lines.append(f"{result['n']} problems, {counted(result['threads'])}, written to {result['settings']['output']}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

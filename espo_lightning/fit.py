@@ -10,13 +10,15 @@ if __name__ == "__main__":  # before Lightning is imported, for which a reader o
 import json
 from importlib.metadata import version
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from espo_lightning.training.cli import TrainingCLI, program
+from espo_lightning.training.cli import TrainingCLI
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.module import ESPOModule
+from espo_lightning.training.program import program
 from espo_lightning.training.report import plot_rewards, read_metrics, seconds, table
 from espo_lightning.training.run_folder import write_text
 from espo_lightning.training.samples import SampleLog
@@ -89,6 +91,7 @@ def work(cli: FitCLI) -> None:
         "rollouts": model.rollouts,
         "updates": model.rollouts * model.updates,
         "seconds": cli.checkpoint.seconds,
+        "threads": torch.get_num_threads(),
         "ended": cli.ending()[0],
         "resumed": cli.record["history"],
         "settings": cli.settings,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.shipped import shipped
 from espo_lightning.training.command_line import run
 from espo_lightning.training.quiet import quiet
@@ -257,9 +258,13 @@ def execute(
 
     Returns:
         The executed notebooks.
+
+    Raises:
+        ValueError: no such notebook or parameter, or a number below 1.
     """
     import papermill
 
+    check_counts(1, seeds=seeds, processes=processes)
     wanted = Path(folder)
     source = wanted if wanted.exists() or folder != FOLDER else shipped(FOLDER)
     paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
@@ -297,24 +302,30 @@ def execute(
         papermill.execute_notebook(
             str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
         )
-        _without_timings(running)
+        _as_opened(running)
         done.append(running.rename(target / path.name))
         sys.stdout.write(f"{done[-1]}  {time.perf_counter() - start:.0f} s\n")
     return done
 
 
-def _without_timings(path: Path) -> None:
-    """Drop what papermill adds about the run itself: it differs every time and names folders.
+def _as_opened(path: Path) -> None:
+    """Write a notebook as Jupyter would after opening it, so that it is not taken for a changed one.
 
-    So do the states of widgets, which say nothing without a kernel.
+    What papermill adds about the run itself is dropped: it differs every time and names folders. So are the states of
+    widgets, which say nothing without a kernel. The kernel has the name by which Jupyter shows it.
     """
-    notebook = json.loads(path.read_text())
+    import nbformat
+    from jupyter_client.kernelspec import get_kernel_spec
+
+    notebook = nbformat.read(str(path), as_version=4)
     for key in ("papermill", "widgets"):
-        notebook["metadata"].pop(key, None)
-    for cell in notebook["cells"]:
+        notebook.metadata.pop(key, None)
+    for cell in notebook.cells:
         for key in ("papermill", "execution"):
-            cell["metadata"].pop(key, None)
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+            cell.metadata.pop(key, None)
+    kernel = get_kernel_spec("python3")
+    notebook.metadata.kernelspec = {"display_name": kernel.display_name, "language": kernel.language, "name": "python3"}
+    nbformat.write(notebook, str(path))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,8 +7,9 @@ if __name__ == "__main__":  # before Lightning is imported, for which a reader o
 
     answer("espo_lightning.sft", sys.argv[1:])
 
-from espo_lightning.training.cli import TrainingCLI, program
+from espo_lightning.training.cli import TrainingCLI
 from espo_lightning.training.data import PromptDataModule
+from espo_lightning.training.program import program
 from espo_lightning.training.signals import Signals
 from espo_lightning.training.supervised import SFTModule
 from espo_lightning.training.trainer_flags import REFUSED, UNVALIDATED

@@ -4,7 +4,6 @@ import re
 import sys
 
 import pytest
-import yaml
 from fit_cases import (
     TINY,
     folder_fixture,  # noqa: F401
@@ -54,7 +53,7 @@ def test_what_is_seen_while_a_run_goes_on(folder, tmp_path, capsys):
     assert "failed" not in text
     assert "timeout" not in text
     assert re.search(
-        r"12 rollouts, seed 0, [\d.]+ s: decoding [\d.]+, verifying and scoring [\d.]+, updates [\d.]+", text
+        r"12 rollouts, seed 0, [\d.]+ s, 1 thread: decoding [\d.]+, verifying and scoring [\d.]+, updates [\d.]+", text
     )
     for name in ("summary.json", "metrics.csv", "samples.jsonl", "reward.png", "policy", "checkpoints"):
         assert f"{tmp_path / 'run' / name}  " in text
@@ -111,12 +110,3 @@ def test_letters_that_the_policy_cannot_read_are_named(folder):
     assert "does not know 25 % of the prompts (such as 'O', 'ù', 'B')" in prompts
     assert "50 % of the answers (such as 'à')" in answers
     assert unknown_tokens(policy, problems[1:]) == []
-
-
-def test_a_short_name_in_a_file_is_answered_with_the_spelling_that_does(tmp_path, capsys):
-    objective = {"class_path": "PolicyGradient", "init_args": {"kl": "k3"}}
-    (tmp_path / "short.yaml").write_text(yaml.safe_dump({"model": {"objective": objective}}))
-    with pytest.raises(SystemExit) as error:
-        fit.main([f"--config={tmp_path / 'short.yaml'}"])
-    assert error.value.code == 2
-    assert "in files, write espo_lightning.k3 for k3" in capsys.readouterr().err

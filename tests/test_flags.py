@@ -125,7 +125,7 @@ def test_every_flag_does_what_the_table_says(program, flag, flags, tmp_path, cap
 @pytest.mark.parametrize("kind", CALLBACKS, ids=lambda kind: kind.__name__)
 def test_callbacks_that_cannot_work_are_refused_with_advice(kind, flags, tmp_path, capsys):
     needed = {"StochasticWeightAveraging": ["swa_lrs=0.1"], "GradientAccumulationScheduler": ["scheduling={0: 2}"]}
-    needed["OnExceptionCheckpoint"] = ["dirpath=."]
+    needed |= {"OnExceptionCheckpoint": ["dirpath=."], "ModelPruning": ["pruning_fn=l1_unstructured"]}
     given = [f"--trainer.callbacks.{value}" for value in needed.get(kind.__name__, [])]
     arguments = [*flags["fit"], f"--run_dir={tmp_path / 'run'}", f"--trainer.callbacks={kind.__name__}", *given]
     assert f"{kind.__name__} is not possible here: {CALLBACKS[kind]}" in refused(capsys, fit, *arguments)

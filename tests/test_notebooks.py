@@ -82,7 +82,7 @@ def test_result_belongs_to_the_notebook(path):
     assert len(list(folder.glob("*.png"))) == len(images) > 0
     printed = "".join(text for cell in read(path).cells for output in cell.get("outputs", []) for text in texts(output))
     for statement, held in result["findings"].items():
-        assert ("yes   " if held else "NO    ") + statement in printed
+        assert f"| {statement} | {'yes' if held else 'no'} |" in printed
 
 
 @each

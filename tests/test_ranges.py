@@ -5,12 +5,12 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 from conftest import Letters, small_module, small_policy
+from range_cases import NONE, ONE, SEED, SHARE, Real, Whole, numbers_of
 
 import espo_lightning
 from espo_lightning import (
@@ -59,31 +59,6 @@ from espo_lightning.training.supervised import SFTModule
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
 
 
-class Whole(NamedTuple):
-    """A whole number from ``least`` up."""
-
-    least: int
-    most: int = 2**63 - 1
-
-    @property
-    def nonsense(self) -> list[float]:
-        return [self.least - 1, min(-1, self.least - 1), -(2**40), self.most + 1, 2.5, math.nan, math.inf, -math.inf]
-
-
-class Real(NamedTuple):
-    """A number of an interval."""
-
-    interval: str
-
-    @property
-    def nonsense(self) -> list[float]:
-        low, high = map(float, self.interval[1:-1].split(","))
-        edges = [x for x, bracket in ((low, self.interval[0]), (high, self.interval[-1])) if bracket in "()"]
-        beyond = [math.nextafter(low, -math.inf), low - 1, math.nextafter(high, math.inf), high + 1]
-        return [math.nan, *edges, *(x for x in beyond if not low <= x <= high)]
-
-
-SEED, SHARE, ONE, NONE = Whole(0), Real("[0, 1]"), Whole(1), Whole(0)
 POSITIVE, CHANCE = Real("(0, inf)"), Real("[0, 1)")
 TASK = {"task": Letters(), "policy": None}
 DECODING = {
@@ -217,7 +192,7 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     tasks.AceCode: (tasks.AceCode, CODE),
     evaluate: (
         partial(evaluate, **TASK),
-        {"problems": ONE, "samples": ONE, "batch_size": ONE, "seed": SEED},
+        {"problems": ONE, "samples": ONE, "batch_size": ONE, "seed": SEED, "threads": ONE},
     ),
     cost: (
         lambda gpus=8, **settings: cost(gpus=(gpus,), **settings),
@@ -238,21 +213,6 @@ EXEMPT = {
     RowTask: "abstract; its tasks stand above",
     espo_lightning.truncated_ratio: "TruncatedRatio holds its number",
 }
-
-
-def numbers_of(made: Callable) -> set[str]:
-    """The parameters of a class or function that are annotated as numbers, or as containers of numbers."""
-    function = made.__init__ if inspect.isclass(made) else made
-    hints = get_type_hints(function)
-
-    def holds_number(hint: Any) -> bool:
-        if hint in (int, float):
-            return True
-        if get_origin(hint) in (Union, UnionType, tuple, list, dict):
-            return any(map(holds_number, get_args(hint)))
-        return False
-
-    return {name for name in inspect.signature(function).parameters if holds_number(hints.get(name))}
 
 
 def public() -> list[Callable]:

@@ -1,4 +1,4 @@
-"""One look for every figure: a colour per method, the same everywhere, and lines over seeds."""
+"""One look for every figure and table of the notebooks: a colour per method, the same everywhere; lines over seeds."""
 
 import io
 from collections.abc import Sequence
@@ -153,3 +153,22 @@ def save(figure: Figure, results: str | Path, name: str, file: str) -> Picture:
     # this method serves rare colours too, such as those of thin lines; the means keep the hue of pale bands
     image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
     return Picture(path)
+
+
+class Table(NamedTuple):
+    """A table that a notebook shows: what stands above the columns, and the cells of every row."""
+
+    columns: Sequence[object]
+    rows: Sequence[Sequence[object]]
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.columns, ["---", *("---:" for _ in self.columns[1:])], *self.rows]
+        return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+    def __repr__(self) -> str:
+        return f"table of {len(self.rows)} rows"
+
+
+def verdicts(findings: dict[str, bool]) -> Table:
+    """What was expected, sentence by sentence, and whether it held."""
+    return Table(["expected", "held"], [[sentence, "yes" if held else "no"] for sentence, held in findings.items()])

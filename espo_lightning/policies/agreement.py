@@ -3,6 +3,39 @@
 from pathlib import Path
 from typing import Any
 
+from espo_lightning.policies.files import read_json
+
+GENERATION = "generation_config.json"
+
+
+def hear_generation(config: Any, folder: Path) -> None:
+    """Let the folder's generation_config.json, if there is one, say which tokens end a text, and which is the mask.
+
+    Instruction-tuned checkpoints name ends there that their config.json does not. What else stands in it is about
+    ``generate`` of transformers, or of a checkpoint's own code: lengths, temperatures, schedules. None of it is read,
+    as decoding is set here; tokens of beginning and padding are the tokenizer's.
+
+    Raises:
+        ValueError: it names another mask token than config.json, or is no JSON object.
+    """
+    if not (folder / GENERATION).is_file():
+        return
+    said = read_json(folder, GENERATION)
+    for key in ("eos_token_id", "mask_token_id"):
+        if wrong := [i for i in _ids(said.get(key)) if type(i) is not int]:
+            raise ValueError(f"{GENERATION} of {folder} has {key}={wrong[0]!r}, which is no token id")
+    ends = _ids(getattr(config, "eos_token_id", None))
+    if more := [i for i in _ids(said.get("eos_token_id")) if i not in ends]:
+        together = [*ends, *more]
+        config.eos_token_id = together if len(together) > 1 else together[0]
+    ours, theirs = getattr(config, "mask_token_id", None), said.get("mask_token_id")
+    if None not in (ours, theirs) and ours != theirs:
+        raise ValueError(
+            f"config.json of {folder} has mask_token_id={ours}, but its {GENERATION} has {theirs}: make them agree"
+        )
+    if theirs is not None:
+        config.mask_token_id = theirs
+
 
 def mask_token(config: Any, tokenizer: Any, rows: int, folder: Path, *, causal: bool) -> int | None:
     """The mask token of a checkpoint, None of a causal one, once config, tokenizer and embedding agree.
@@ -19,8 +52,8 @@ def mask_token(config: Any, tokenizer: Any, rows: int, folder: Path, *, causal: 
     for key, ids in named.items():
         if wrong := [i for i in ids if type(i) is not int or not 0 <= i < rows]:
             raise ValueError(
-                f"config.json of {folder} has {key}={wrong[0]!r}, which is no token id: the embedding has {rows} rows, "
-                f"tokenizer and weights do not belong together, or token id {wrong[0]!r} is a mistake"
+                f"config.json or {GENERATION} of {folder} has {key}={wrong[0]!r}, which is no token id: the embedding "
+                f"has {rows} rows, tokenizer and weights do not belong together, or token id {wrong[0]!r} is a mistake"
             )
     largest = max([tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.get_vocab().values()])
     if largest >= rows:

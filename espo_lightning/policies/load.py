@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from espo_lightning.policies.agreement import mask_token
+from espo_lightning.policies.agreement import hear_generation, mask_token
 from espo_lightning.policies.files import read_json, read_tensors, resolve
 from espo_lightning.policies.formats import FORMATS, UNSUPPORTED, layout_of, llada_names, make_config
 from espo_lightning.policies.from_causal import make_denoising, set_blocks
@@ -135,6 +135,7 @@ def _load_language_model(
     known = raw.get("model_type") in (*FORMATS, *UNSUPPORTED)
     load = _load_remote if trust_remote_code and not known else _load_known
     model = load(folder, raw, dtype, attention)
+    hear_generation(model.config, folder)
     if denoise:
         make_denoising(model, tokenizer, shift=int(layout is None))
     if layout is not None:

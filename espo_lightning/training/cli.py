@@ -3,7 +3,6 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from espo_lightning.tasks.verifiers import BrokenVerifier
+from espo_lightning.ranges import check_numbers
 from espo_lightning.training import resume
 from espo_lightning.training.checkpoints import DirectCheckpointIO, check_space
 from espo_lightning.training.command_line import BAD_INPUT, as_list, helpful, option, publish, spelt_out
@@ -27,40 +26,13 @@ from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
 from espo_lightning.training.screen import progress
-from espo_lightning.training.signals import NAMES, Signals, Stopped, exit_code
+from espo_lightning.training.signals import Stopped
 from espo_lightning.training.strategies import check, check_resume, named
+from espo_lightning.training.threads import Threads, choose_threads, counted
 from espo_lightning.training.trackio_logger import TrackioLogger  # noqa: F401, for --trainer.logger=TrackioLogger
 from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags, save_dir_is_optional
 
 USAGE = "python -m {} [--config FILE] [--trainer.K=VALUE] [--model.K=VALUE] [--data.K=VALUE]"
-
-
-def program(make: Callable[[Signals], "TrainingCLI"], work: Callable[["TrainingCLI"], None]) -> None:
-    """Run a training program from its first line to its exit code, whatever happens when.
-
-    Exit codes: 0 finished; 1 failed; 2 refused before anything was written; 130 and 143 stopped by Ctrl-C and SIGTERM.
-    """
-    cli = None
-    with Signals() as signals:
-        try:
-            cli = make(signals)
-            work(cli)
-        except Stopped:
-            first = rank_zero_only.rank == 0
-            if first:
-                left = "nothing was written" if cli is None else cli.left_behind()
-                sys.stdout.write(f"\nstopped by {NAMES[signals.received]}; {left}\n")
-            # another code than 0 from a process that Lightning started would have all others killed
-            raise SystemExit(exit_code(signals.received) if first else 0) from None
-        except Exception as error:
-            if cli is not None and rank_zero_only.rank == 0:
-                sys.stderr.write(f"\n{type(error).__name__}: {error}\n{cli.left_behind()}\n")
-            if isinstance(error, OSError | FloatingPointError | BrokenVerifier):  # no fault of the code
-                raise SystemExit(2 if isinstance(error, BrokenVerifier) else 1) from None
-            raise
-        finally:
-            if cli is not None:
-                cli.close()
 
 
 def _leave() -> None:
@@ -73,9 +45,9 @@ class TrainingCLI(LightningCLI):
     """LightningCLI without subcommands, with a seed and a run folder, for `fit` and `sft`.
 
     Top-level arguments: ``seed`` (of everything; no global generator is touched), ``run_dir``,
-    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``. ``trainer.strategy`` knows ``fsdp2``, too,
-    and ``deepspeed`` is that of this library. With ``ckpt_path``, the settings of its run stand where no other is
-    given.
+    ``checkpoint_every``, ``keep_checkpoints``, ``ckpt_path``, ``timeout``, ``threads``. ``trainer.strategy`` knows
+    ``fsdp2``, too, and ``deepspeed`` is that of this library. With ``ckpt_path``, the settings of its run stand where
+    no other is given.
     """
 
     noun = "batch"
@@ -121,7 +93,16 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        return helpful(super().init_parser(**kwargs), self.command)
+        parser = helpful(super().init_parser(**kwargs), self.command)
+        refuse = parser.error
+
+        def error(*message):
+            if self.signals.at_once:  # a library has made an error of it
+                raise Stopped
+            return refuse(*message)
+
+        parser.error = error
+        return parser
 
     def add_arguments_to_parser(self, parser) -> None:
         add = parser.add_argument
@@ -132,6 +113,8 @@ class TrainingCLI(LightningCLI):
         add("--keep_checkpoints", type=int, default=2, help="the newest so many, and the best, are kept")
         add("--ckpt_path", type=str, default=None, help=help_of_path)
         add("--timeout", type=float, default=1800, help="seconds that a process waits for the others before all fail")
+        help_of_threads = "of a CPU that each process computes with (default: by OMP_NUM_THREADS, or the policy's size)"
+        add("--threads", type=int | None, default=None, help=help_of_threads)
         parser.link_arguments("seed", "model.seed")
         parser.link_arguments("seed", "data.seed")
         parser.set_defaults(self.defaults)
@@ -182,9 +165,9 @@ class TrainingCLI(LightningCLI):
             trainer.limit_val_batches = 0
         repeatable = config.clone()  # what the run folder keeps works as --config of another run
         repeatable.run_dir = repeatable.ckpt_path = repeatable.config = None
-        self.saved_config = self.parser.dump(repeatable, skip_unset=False)
-        self.settings = yaml.safe_load(self.saved_config)
         try:
+            self.saved_config = self.parser.dump(repeatable, skip_unset=False)
+            self.settings = yaml.safe_load(self.saved_config)
             check_flags(trainer, self.parser.get_defaults().trainer, self.refused)
             if config.ckpt_path is not None:
                 self.changes = resume.changes(resume.as_settings(self.before), resume.as_settings(self.saved_config))
@@ -219,13 +202,15 @@ class TrainingCLI(LightningCLI):
         self.lock = lock(self.claim.folder)
         return self.claim.folder
 
-    # ---- objects ---------------------------------------------------------------------------------------
-
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except (*BAD_INPUT, MisconfigurationException, ModuleNotFoundError) as error:
             self.parser.error(str(error))
+        except TypeError as error:
+            if "`devices`" not in str(error):  # Lightning's word on -1 of a CPU
+                raise
+            self.parser.error(f"trainer.devices: {error}")
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Lightning's trainer, with the run folder's CSV logger and checkpoints."""
@@ -238,7 +223,6 @@ class TrainingCLI(LightningCLI):
         self.record["history"] = before.get("history", [])
         if own.ckpt_path is not None:
             done = self.content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
-            self.record["history"] = resume.history(before, Path(own.ckpt_path), done, self.changes)
             if 0 < (planned := self.datamodule.batches * (config.max_epochs or 1)) < done:
                 raise ValueError(f"data.batches: {planned} batches altogether, of which {done} are done already")
         self.checkpoint = RunCheckpoint(
@@ -258,6 +242,10 @@ class TrainingCLI(LightningCLI):
         )
         check_callbacks(callbacks, trainer.strategy)
         self.check(trainer)
+        if trainer.strategy.root_device.type == "cpu":
+            self._take_threads(trainer, before.get("threads"))
+        if own.ckpt_path is not None:
+            self.record["history"] = resume.history(before, Path(own.ckpt_path), done, self.changes)
         self.content = {}  # maps a file that may be removed soon
         if rank_zero_only.rank == 0:
             check_space(self.run_dir, self.model, own.keep_checkpoints + 2)  # the best, and the one being written
@@ -275,8 +263,7 @@ class TrainingCLI(LightningCLI):
             check_resume(trainer.strategy, Path(self.config.ckpt_path))
             resume.check_weights(Path(self.config.ckpt_path), self.content, self.model)
         self.datamodule.check(trainer.world_size, evaluates=bool(trainer.limit_val_batches))
-        if self.config.timeout <= 0:
-            raise ValueError(f"timeout must be positive, got {self.config.timeout}")
+        check_numbers("(0, 1e9]", timeout=self.config.timeout)
         data, model = self.datamodule, self.model
         answers = getattr(model, "length", None)  # of supervised training
         limits = {"max_prompt_length": model.max_prompt_length, "answer_length": answers}
@@ -287,15 +274,28 @@ class TrainingCLI(LightningCLI):
         if hasattr(trainer.strategy, "_timeout"):  # Lightning has no other way for strategies that it chose itself
             trainer.strategy._timeout = timedelta(seconds=self.config.timeout)
 
+    def _take_threads(self, trainer: Trainer, earlier: int | None) -> None:
+        """Choose the number of threads, keep it in the record, and say so where it is another than before."""
+        number = choose_threads(self.config.threads, self.model.policy, trainer.num_devices, earlier)
+        if earlier is not None:
+            self.changes.pop("threads", None)  # which says what was asked for, not what there was
+            if earlier != number:
+                self.changes["threads"] = earlier, number
+        self.record["threads"] = number
+        trainer.callbacks.insert(0, Threads(number))
+
     def extra_callbacks(self) -> list[Callback]:
         """Callbacks of a subclass."""
         return []
 
-    # ---- the run ---------------------------------------------------------------------------------------
-
     def announce(self, *lines: str) -> None:
         """Say what is about to begin, on the screen and, with all settings, to the loggers."""
-        self.show(f"writing to {self.run_dir}", *lines)
+        number = self.record.get("threads")
+        computing = [f"computing with {counted(number)} of the CPU (--threads=N for another number)"] if number else []
+        earlier = self.changes.get("threads", (None,))[0]
+        if earlier is not None:
+            computing = [f"{computing[0]}; it was {earlier} so far, so that sums may round differently from here on"]
+        self.show(f"writing to {self.run_dir}", *lines, *computing)
         if self.config.trainer.enable_autolog_hparams:
             for logger in self.trainer.loggers:
                 if not isinstance(logger, Metrics):  # beside which config.yaml stands

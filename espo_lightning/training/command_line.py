@@ -3,14 +3,14 @@
 import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from inspect import signature
 from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 import espo_lightning  # names only: what they stand for is imported when it is used
 from espo_lightning.shipped import found
@@ -18,6 +18,7 @@ from espo_lightning.training.kept_help import keeping
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
 
+SHORT = "yaml with short names"  # how files are read
 BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
 
 
@@ -64,8 +65,8 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """Arguments with short names of this library's functions, ``--model.kl=k3``, as import paths, and its own
-    experiments after ``--config`` as the files that they are.
+    """Arguments with short names of this library's functions, ``--model.objective.kl=k3``, as import paths, and its
+    own experiments after ``--config`` as the files that they are.
 
     Classes have short names in jsonargparse already. A name is taken for a function's only where one is expected.
     """
@@ -73,8 +74,9 @@ def spelt_out(argv: list[str]) -> list[str]:
     for argument in argv:
         head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         flag = head if equals else before  # whose value this is
-        if value in functions() and flag.rsplit(".", 1)[-1].removeprefix("--") in functions_expected():
-            argument = f"{head}{equals}{functions()[value]}"
+        name = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1]
+        if value in callables() and name in functions_expected():
+            argument = f"{head}{equals}{callables()[value]}"
         elif flag == "--config" and value:
             argument = f"{head}{equals}{found(value)}"
         before = "" if equals else head
@@ -84,19 +86,34 @@ def spelt_out(argv: list[str]) -> list[str]:
 
 def helpful(parser: Any, command: str) -> Any:
     """A parser whose errors say how things are spelt, and whose help need not be made twice."""
-    return keeping(with_spelling(with_advice(parser)), command)
+    return keeping(with_short_names(with_advice(parser)), command)
 
 
-def with_spelling(parser: Any) -> Any:
-    """A parser whose errors say how a function is spelt, where a file has its short name."""
-    error = parser.error
+def spelt_out_in(value: Any, expected: bool = False) -> Any:
+    """The same for what was read from a file: short names of functions, where one is expected, as import paths.
 
-    def told(message: Any, *rest: Any) -> Any:
-        unread = re.findall(r"Expected a (?:path but|dot import path string:) (\w+)", str(message))
-        hints = {f"in files, write {functions()[name]} for {name}" for name in unread if name in functions()}
-        return error("\n".join([str(message), *hints]), *rest)
 
-    parser.error = told
+    Args:
+        value: any part of the file.
+        expected: whether it stands where a function is expected.
+    """
+    if isinstance(value, str) and expected:
+        return callables().get(value, value)
+    if isinstance(value, list):
+        return [spelt_out_in(part, expected) for part in value]
+    if isinstance(value, dict):
+        return {
+            key: spelt_out_in(part, expected if key == "class_path" else key in functions_expected())
+            for key, part in value.items()
+        }
+    return value
+
+
+def with_short_names(parser: Any) -> Any:
+    """A parser that reads short names of functions in YAML, too."""
+    read = get_loader("yaml")
+    set_loader(SHORT, lambda text: spelt_out_in(read(text)), (yaml.YAMLError,))
+    parser.parser_mode = SHORT
     return parser
 
 
@@ -113,20 +130,32 @@ def room(thing: Any) -> str:
 
 
 @cache
-def functions() -> dict[str, str]:
-    """The public functions of this library: short name -> import path. Their names, and no others, begin small."""
-    return {name: f"espo_lightning.{name}" for name in espo_lightning.__all__ if name[0].islower()}
+def callables() -> dict[str, str]:
+    """The public functions of this library, whose names alone begin small, and classes of `objectives` whose objects
+    are in the place of one: short name -> import path.
+    """
+    return {name: f"espo_lightning.{name}" for name in espo_lightning.__all__ if name[0].islower() or _like(name)}
+
+
+def _like(name: str) -> bool:
+    """Whether a public name is a class of which an object is called as a function is."""
+    if room(name) != "objectives":
+        return False
+    thing = getattr(espo_lightning, name)
+    return inspect.isclass(thing) and thing.__bases__ == (object,) and "__call__" in vars(thing)
 
 
 @cache
 def functions_expected() -> set[str]:
-    """The names of the parameters of public classes that are functions by default."""
-    classes = [getattr(espo_lightning, name) for name in espo_lightning.__all__ if name not in functions()]
+    """The names of parameters of public classes and functions that are functions, or are made by one."""
+    public = [getattr(espo_lightning, name) for name in espo_lightning.__all__]
+    functions, classes = (list(filter(kind, public)) for kind in (inspect.isfunction, inspect.isclass))
+    made = {signature(function).return_annotation for function in functions} & set(classes)  # as policies are
     return {
         parameter.name
-        for cls in classes
-        for parameter in signature(cls).parameters.values()
-        if inspect.isfunction(parameter.default) or _callable(parameter.annotation)
+        for thing in [*classes, *functions]
+        for parameter in signature(thing).parameters.values()
+        if inspect.isfunction(parameter.default) or _callable(parameter.annotation) or parameter.annotation in made
     }
 
 

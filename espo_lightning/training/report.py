@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from espo_lightning.training.threads import counted
+
 PHASES = {"time/rollout": "decoding", "time/score": "verifying and scoring", "time/update": "updates"}
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#888888"  # as in the notebooks' figures
 RARE = ("failed", "timeout")  # shown only if it happened
@@ -105,4 +107,5 @@ def seconds(summary: dict, rows: list[dict[str, float]]) -> str:
     spent = {name: sum(row.get(key, 0.0) for row in rows) for key, name in PHASES.items()}
     spent["validation, checkpoints and the rest"] = max(0.0, summary["seconds"] - sum(spent.values()))
     phases = ", ".join(f"{name} {value:.1f}" for name, value in spent.items())
-    return f"{summary['rollouts']} rollouts, seed {summary['seed']}, {summary['seconds']:.1f} s: {phases}"
+    threads = counted(summary["threads"])
+    return f"{summary['rollouts']} rollouts, seed {summary['seed']}, {summary['seconds']:.1f} s, {threads}: {phases}"

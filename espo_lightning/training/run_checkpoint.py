@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from espo_lightning.ranges import check_counts
 from espo_lightning.training.report import read_metrics
 from espo_lightning.training.run_folder import (
     Metrics,
@@ -52,8 +53,7 @@ class RunCheckpoint(Checkpoint):
     def __init__(
         self, run_dir: Path, every: int, keep: int = 2, signals: Signals | None = None, record: dict | None = None
     ):
-        if every < 1 or keep < 1:
-            raise ValueError(f"checkpoint_every and keep_checkpoints must be at least 1, got {every} and {keep}")
+        check_counts(1, checkpoint_every=every, keep_checkpoints=keep)
         self.run_dir, self.every, self.keep = run_dir, every, keep
         self.signals, self.record = signals or Signals(), record or {}
         self.done = 0  # batches, over all epochs

@@ -10,9 +10,11 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -48,9 +50,11 @@ PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 OTHER_PRECISIONS = "gradients are not scaled, and the type of the weights themselves is --model.policy.dtype"
 STRATEGIES = ("spawn", "fork", "notebook")  # in their names
 CALLBACKS = {
+    BackboneFinetuning: "a policy has no backbone apart; --model.policy.lora.rank=R trains adapters on a frozen policy",
     BatchSizeFinder: "sizes are --data.batch_size, --model.group_size and, in memory, --model.micro_batch",
     GradientAccumulationScheduler: MANUAL["accumulate_grad_batches"],
     LearningRateFinder: "it takes optimizer steps of its own; try several --model.optimizer.lr with --data.batches=10",
+    ModelPruning: "it replaces weights by masked ones of other names, which no checkpoint here can hold",
     OnExceptionCheckpoint: "it saves in the middle of a rollout; the run's own checkpoints are between two of them",
     StochasticWeightAveraging: "it counts epochs; EMAWeightAveraging and WeightAveraging count steps",
 }
