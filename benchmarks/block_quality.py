@@ -108,6 +108,14 @@ def table(runs: dict) -> str:
         times = ", ".join("never" if (s := reached(c)) == float("inf") else f"{s:.1f}" for c in curves)
         whole = "{:.1f} [{:.1f}, {:.1f}]".format(*mean_interval([c[-1][0] for c in curves]))
         lines.append(f"| {side} | {rate:g} | {curves[0][0][1]:.3f} | {after} | {gain} | {times} | {whole} |")
+    ends = {side: [runs[f"{side}, lr {chosen(runs, side):g}, seed {seed}"][-1] for seed in SEEDS] for side in SIDES}
+    pairs = list(zip(ends["blocks"], ends["full"]))
+    exact = "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval([b - a for (_, b), (_, a) in pairs]))
+    seconds = "{:.2f} [{:.2f}, {:.2f}]".format(*mean_interval([b / a for (b, _), (a, _) in pairs]))
+    lines += [
+        "",
+        f"Blocks against full attention, paired over seeds: exact after {exact}, seconds of all rollouts {seconds}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
