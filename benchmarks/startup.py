@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +32,6 @@ COMMANDS = {
     "import lightning": ["-c", "import lightning.pytorch.cli"],
     **{f"{name} --help": ["-m", f"espo_lightning.{name}", "--help"] for name in ("fit", "sft", "evaluate", "cost")},
     **{f"{name} --help": ["-m", f"espo_lightning.{name}", "--help"] for name in ("export", "notebooks")},
-    "fit --help, not kept": ["-m", "espo_lightning.fit", "--help"],
     "fit --print_config": ["-m", "espo_lightning.fit", "--print_config"],
     "fit, misspelt flag": ["-m", "espo_lightning.fit", "--modle.updates=1"],
     "evaluate, misspelt flag": ["-m", "espo_lightning.evaluate", "--polcy.path=x"],
@@ -43,12 +41,10 @@ COMMANDS = {
 }
 
 
-def cpu_seconds(arguments: list[str], checkout: Path, kept: bool) -> float:
-    """User and system seconds of a process with the package of a checkout; ``kept``: with the help of earlier ones."""
+def cpu_seconds(arguments: list[str], checkout: Path) -> float:
+    """User and system seconds of a process with the package of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        if not kept:
-            environment["COLUMNS"] = str(time.time_ns() % 10**9)  # no help of this width was ever shown
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, *arguments], env=environment, cwd=folder, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -61,10 +57,21 @@ def measure(checkouts: dict[str, Path], repeats: int) -> dict[str, dict[str, lis
     for repeat in range(repeats + 1):
         for command, arguments in COMMANDS.items():
             for name, checkout in checkouts.items():
-                seconds = cpu_seconds(arguments, checkout, kept="not kept" not in command)
+                seconds = cpu_seconds(arguments, checkout)
                 if repeat:
                     found[command][name].append(round(seconds, 3))
     return found
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    """Medians as Markdown, and the last checkout's over the first's."""
+    names = list(next(iter(found.values())))
+    lines = [f"| CPU seconds, medians | {' | '.join(names)} | ratio |", f"|---{'|---' * len(names)}|---|"]
+    for command, by in found.items():
+        medians = [statistics.median(values) for values in by.values()]
+        cells = [f"{value:.2f}" for value in (*medians, medians[-1] / medians[0])]
+        lines.append(f"| {command} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def commit(checkout: Path) -> str:
@@ -92,10 +99,7 @@ def main() -> None:
         | {"python": platform.python_version()},
         "cpu_seconds": found,
     }
-    sys.stdout.write(f"{'CPU seconds, medians':26}" + "".join(f"{name:>9}" for name in checkouts) + "    ratio\n")
-    for command, by in found.items():
-        medians = [statistics.median(values) for values in by.values()]
-        sys.stdout.write(f"{command:26}" + "".join(f"{m:9.2f}" for m in medians) + f"{medians[-1] / medians[0]:9.2f}\n")
+    sys.stdout.write(table(found) + "\n")
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 

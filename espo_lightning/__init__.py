@@ -7,11 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-if sys.argv[:1] == ["-m"]:  # one of the programs, not yet running: its threads sleep while they wait, see threads.py
+if Path((sys.argv or [""])[0]).name in ("-m", "espo"):  # a program, whose threads sleep while they wait: see threads.py
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What is public, and where it is: the imports of `__init__.pyi`, which type checkers and editors read as well. A name
-# is imported when it is first used, so that a program without training does not wait for Lightning (SPEC 1).
+# is imported when it is first used, so that a program without training does not wait for Lightning.
 WHERE = {
     alias.name: node.module
     for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body

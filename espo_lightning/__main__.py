@@ -5,8 +5,6 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
-from espo_lightning.training.kept_help import answer
-
 PROGRAMS = {  # module -> what it does
     "fit": "reinforcement learning of a policy on a task, measured before and after",
     "sft": "supervised training on a task's answers",
@@ -29,7 +27,6 @@ def main(argv: list[str] | None = None) -> None:
     elif name == "--version":
         sys.stdout.write(f"espo_lightning {version('espo-lightning')}\n")
     elif name in PROGRAMS:
-        answer(f"espo_lightning.{name}", rest)
         import_module(f"espo_lightning.{name}").main(rest)
     else:
         near = difflib.get_close_matches(name, PROGRAMS, 1)

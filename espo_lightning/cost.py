@@ -76,12 +76,7 @@ def cost(
     """
     counts = {"prompt_length": prompt_length, "prompts_per_gpu": prompts_per_gpu, "group_size": group_size}
     counts |= {"updates": updates, "micro_batch": micro_batch, "lora_rank": lora_rank, "shards": shards}
-    for count in (counts, *({"gpus": n} for n in gpus or [0])):
-        check_counts(1, **count)
-    if shards is not None and any(n % shards for n in gpus):
-        raise ValueError(f"every number of gpus must be a multiple of shards, got gpus={gpus} and shards={shards}")
-    if output is not None and Path(output).exists():
-        raise ValueError(f"output {output} exists already: name another file, or remove it")
+    _check(counts, gpus, shards, output)
     network, rank, completions = read_network(policy), lora_rank or 0, prompts_per_gpu * group_size
     resumes = all((shards or n) == 1 for n in gpus) and not gradient_checkpointing
     rollout, scoring, cached = passes_of(decoding, likelihood, completions, prompt_length, resumes)
@@ -111,6 +106,16 @@ def cost(
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _check(counts: dict[str, int | None], gpus: tuple[int, ...], shards: int | None, output: str | None) -> None:
+    """Refuse numbers below 1, shards that do not divide the GPUs, and a file that exists."""
+    for count in (counts, *({"gpus": n} for n in gpus or [0])):
+        check_counts(1, **count)
+    if shards is not None and any(n % shards for n in gpus):
+        raise ValueError(f"every number of gpus must be a multiple of shards, got gpus={gpus} and shards={shards}")
+    if output is not None and Path(output).exists():
+        raise ValueError(f"output {output} exists already: name another file, or remove it")
 
 
 def passes_of(

@@ -1,12 +1,5 @@
 """``python -m espo_lightning.fit``: ESPO on a task, measured on held-out problems before and after."""
 
-if __name__ == "__main__":  # before Lightning is imported, for which a reader of --help need not wait
-    import sys
-
-    from espo_lightning.training.kept_help import answer
-
-    answer("espo_lightning.fit", sys.argv[1:])
-
 import json
 from importlib.metadata import version
 

@@ -262,20 +262,10 @@ def execute(
     Raises:
         ValueError: no such notebook or parameter, or a number below 1.
     """
-    import papermill
-
     check_counts(1, seeds=seeds, processes=processes)
     wanted = Path(folder)
     source = wanted if wanted.exists() or folder != FOLDER else shipped(FOLDER)
-    paths = sorted(p for p in source.glob("[0-9]*.ipynb") if p.name.startswith(name or ""))
-    if not paths:
-        known = ", ".join(p.stem for p in sorted(source.glob("[0-9]*.ipynb")))
-        if not known:
-            raise ValueError(
-                f"no notebooks in folder {source.absolute()}: name theirs with --folder, or leave it out for those of "
-                "the package"
-            )
-        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {known}")
+    paths = _named(source, name)
     scale = yaml.safe_load((source / "reduced.yaml").read_text()) if reduced else {}
     shared = {k: v for k, v in {"seeds": seeds, "processes": processes, **(parameters or {})}.items() if v is not None}
     given = {path: {**scale.get(path.stem, {}), **shared} for path in paths}
@@ -294,17 +284,37 @@ def execute(
     if target.resolve() != source.resolve():
         results = os.path.relpath(target / "results", source)
         given = {path: {**values, "results": results} for path, values in given.items()}
-    done = []
-    for path, values in given.items():
-        start = time.perf_counter()
-        # a failed run leaves the earlier one as it was, and is not taken for a notebook (whose names begin with digits)
-        running = target / f"running_{path.name}"
-        papermill.execute_notebook(
-            str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
+    return [_run(path, values, source, target) for path, values in given.items()]
+
+
+def _named(source: Path, name: str | None) -> list[Path]:
+    """The notebooks of a folder whose names begin so."""
+    known = sorted(source.glob("[0-9]*.ipynb"))
+    if not known:
+        raise ValueError(
+            f"no notebooks in folder {source.absolute()}: name theirs with --folder, or leave it out for those of "
+            "the package"
         )
-        _as_opened(running)
-        done.append(running.rename(target / path.name))
-        sys.stdout.write(f"{done[-1]}  {time.perf_counter() - start:.0f} s\n")
+    paths = [path for path in known if path.name.startswith(name or "")]
+    if not paths:
+        there = ", ".join(path.stem for path in known)
+        raise ValueError(f"no notebook in {source} starts with {name or ''!r}; there are: {there}")
+    return paths
+
+
+def _run(path: Path, values: dict[str, Any], source: Path, target: Path) -> Path:
+    """Run one notebook with other values, in the folder ``source``, and write it to ``target``."""
+    import papermill
+
+    start = time.perf_counter()
+    # a failed run leaves the earlier one as it was, and is not taken for a notebook (whose names begin with digits)
+    running = target / f"running_{path.name}"
+    papermill.execute_notebook(
+        str(path), str(running), values, cwd=str(source), kernel_name="python3", progress_bar=False
+    )
+    _as_opened(running)
+    done = running.rename(target / path.name)
+    sys.stdout.write(f"{done}  {time.perf_counter() - start:.0f} s\n")
     return done
 
 

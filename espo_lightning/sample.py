@@ -24,6 +24,7 @@ from espo_lightning.tasks.base import Messages, Task
 from espo_lightning.tasks.judge import judge
 from espo_lightning.tasks.sudoku import Sudoku
 from espo_lightning.training.command_line import run
+from espo_lightning.training.threads import choose_threads, computing_with
 
 BEFORE, AFTER = "bundled:sudoku", "bundled:sudoku_espo"
 NAMES = {BEFORE: "before RL", AFTER: "after RL"}
@@ -80,7 +81,8 @@ def sample(
     facts = {"version": version("espo-lightning"), "settings": settings}
     if chat:
         policy = _open(names[0], device)
-        return converse(policy, decoding or fitting(policy, 0.0), seed, sys.stdin, colour=colour, pause=pause)
+        with computing_with(choose_threads(None, policy)):
+            return converse(policy, decoding or fitting(policy, 0.0), seed, sys.stdin, colour=colour, pause=pause)
     if (size := task.size(split)) is not None and problem >= size:
         raise ValueError(f"problem must be below {size}, as {type(task).__name__} has so many; got {problem}")
     posed = task.problem(split, 0, problem)
@@ -92,7 +94,8 @@ def sample(
         policy = _open(name, device)
         how = decoding or fitting(policy, float(samples > 1))
         how.check(policy)
-        made = unmask(policy, NAMES.get(name, name), asked, how, keys_of(seed, problem, samples), judged)
+        with computing_with(choose_threads(None, policy)):
+            made = unmask(policy, NAMES.get(name, name), asked, how, keys_of(seed, problem, samples), judged)
         found += made if samples == 1 else [u._replace(policy=f"{u.policy} {i}") for i, u in enumerate(made, 1)]
     right = posed.answer if prompt is None else ""
     content = record(found, asked, right, columns, decoding=as_json(how), **facts)

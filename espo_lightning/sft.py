@@ -1,12 +1,5 @@
 """``python -m espo_lightning.sft``: supervised training on a task's answers, with the likelihoods of RL."""
 
-if __name__ == "__main__":  # before Lightning is imported, for which a reader of --help need not wait
-    import sys
-
-    from espo_lightning.training.kept_help import answer
-
-    answer("espo_lightning.sft", sys.argv[1:])
-
 from espo_lightning.training.cli import TrainingCLI
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.program import program

@@ -167,7 +167,7 @@ def training_flags(defaults: dict[str, Any]) -> str:
     rows = [CONFIG]
 
     def add(name: str, *, type: type, default: Any, help: str) -> None:
-        rows.append((name, type.__name__, _default(defaults.get(name[2:], default)), help))
+        rows.append((name, _type(type), _default(defaults.get(name[2:], default)), help))
 
     recorder = SimpleNamespace(add_argument=add, link_arguments=lambda *_: None, set_defaults=lambda *_: None)
     TrainingCLI.add_arguments_to_parser(SimpleNamespace(defaults={}), recorder)

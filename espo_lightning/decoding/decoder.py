@@ -11,9 +11,11 @@ from torch import Tensor
 class Trace(NamedTuple):
     """How B completions of L tokens were decoded.
 
-    steps: int64 [B, L], number of the step that committed each position, from 0 to `Decoder.passes` - 1; -1 = filled
-    by ``early_stop`` without a forward pass. entropy: float32 [B, L], nats of the law that each token was drawn from
-    (at temperature 0, of the law whose best token was taken); 0 where there was none.
+    Attributes:
+        steps: int64 [B, L], number of the step that committed each position, from 0 to `Decoder.passes` - 1; -1 =
+            filled by ``early_stop`` without a forward pass.
+        entropy: float32 [B, L], nats of the law that each token was drawn from (at temperature 0, of the law whose best
+            token was taken); 0 where there was none.
     """
 
     steps: Tensor
@@ -27,9 +29,12 @@ class Trace(NamedTuple):
 class Decoder(ABC):
     """How completions are decoded, and of which policies.
 
-    length: canvas width L. temperature: 0 is greedy. passes: the most forward passes of a completion, None =
-    not known. order_free: whether the positions that a step commits are drawn without looking at the policy, so that
-    two policies give the same law to every order.
+    Attributes:
+        length: canvas width L.
+        temperature: of the sampled tokens; 0 is greedy.
+        passes: the most forward passes of a completion; None = not known.
+        order_free: whether the positions that a step commits are drawn without looking at the policy, so that two
+            policies give the same law to every order.
     """
 
     length: int

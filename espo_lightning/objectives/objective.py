@@ -68,11 +68,12 @@ Statistics = dict[str, Tensor]  # name -> one value per completion [B], detached
 class Objective(ABC):
     """What is maximised. Subclasses are frozen dataclasses.
 
-    count: lengths [B] -> how much each completion counts, up to a common factor; `alike` or `by_length`.
-    old: whether it compares with the policy that decoded.
-    reference: whether it compares with a reference, which is then made and scored.
-    groups: whether the completions of a prompt meet in a loss, so that they must come together.
-    idle: whether completions with advantage 0 have no gradient, so that groups with equal rewards may be left out.
+    Attributes:
+        count: lengths [B] -> how much each completion counts, up to a common factor; `alike` or `by_length`.
+        old: whether it compares with the policy that decoded.
+        reference: whether it compares with a reference, which is then made and scored.
+        groups: whether the completions of a prompt meet in a loss, so that they must come together.
+        idle: whether completions with advantage 0 have no gradient, so that groups with equal rewards may be left out.
     """
 
     count: Callable[[Tensor], Tensor] = staticmethod(alike)

@@ -30,11 +30,17 @@ from espo_lightning.scoring.score import log_probs, token_log_probs
 class Seen(NamedTuple):
     """What a mask law may look at: B completions of L tokens after prompts of width P.
 
-    valid: bool [B, L], up to and including the first end-of-text token. prompt: bool [B, P], real tokens of the prompt.
-    keys: int64 [B], the same for all updates of a rollout. update, updates: number of this update, and of all.
-    trace: how they were decoded, for the laws that ask (``traced``), and None for others. passes: the most steps that
-    their decoder takes, so that all processes have equally many views; None = as many as the trace has.
-    blocks: int64 [B, L], the block of every position in the policy's layout, counted from the first's; None = not said.
+    Attributes:
+        valid: bool [B, L], up to and including the first end-of-text token.
+        prompt: bool [B, P], real tokens of the prompt.
+        keys: int64 [B], the same for all updates of a rollout.
+        update: number of this update.
+        updates: number of all updates of the rollout.
+        trace: how they were decoded, for the laws that ask (``traced``), and None for others.
+        passes: the most steps that their decoder takes, so that all processes have equally many views; None = as many
+            as the trace has.
+        blocks: int64 [B, L], the block of every position in the policy's layout, counted from the first's; None = not
+            said.
     """
 
     valid: Tensor
@@ -82,11 +88,13 @@ class Seen(NamedTuple):
 class Likelihood(ABC):
     """A mask law, and how completions are scored on its masks; that of a diffusion policy unless overridden.
 
-    independent_draws: M if the draws of one completion are independent (`k2_u` asks), else 1.
-    random: whether masks differ from update to update; if not, new masks for every update would all be the same.
-    traced: whether the masks depend on the trace of the decoder, which then must be noted.
-    exact: whether the score is, without noise, the log-likelihood of a completion given the order it was decoded in.
-    in_blocks: whether it scores block-causal policies, block by block.
+    Attributes:
+        independent_draws: M if the draws of one completion are independent (`k2_u` asks), else 1.
+        random: whether masks differ from update to update; if not, new masks for every update would all be the same.
+        traced: whether the masks depend on the trace of the decoder, which then must be noted.
+        exact: whether the score is, without noise, the log-likelihood of a completion given the order it was decoded
+            in.
+        in_blocks: whether it scores block-causal policies, block by block.
     """
 
     independent_draws: int = 1

@@ -11,12 +11,13 @@ from espo_lightning.keys import fold_in, randint, randints, random_bits, random_
 class Masks(NamedTuple):
     """Masks of M draws for B completions of L tokens.
 
-    hidden: bool [M, B, L], the positions shown as [MASK] in the forward pass of a draw.
-    weight: float32 [M, B, L], the factor of each position's log-probability in the score; 0 = not scored.
-    coupled: whether a second forward with the complement of ``hidden`` scores the other positions.
-    prompt: bool [M, B, P], tokens of the prompt that are shown as [MASK], never scored; None = none.
-
     That a draw may be a mask and its complement is known here only: everyone else asks for `passes` and `scored`.
+
+    Attributes:
+        hidden: bool [M, B, L], the positions shown as [MASK] in the forward pass of a draw.
+        weight: float32 [M, B, L], the factor of each position's log-probability in the score; 0 = not scored.
+        coupled: whether a second forward with the complement of ``hidden`` scores the other positions.
+        prompt: bool [M, B, P], tokens of the prompt that are shown as [MASK], never scored; None = none.
     """
 
     hidden: Tensor

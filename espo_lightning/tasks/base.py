@@ -17,11 +17,12 @@ class VerifierUnavailable(OSError):
 class Problem(NamedTuple):
     """One problem. Pickles, so that verifiers can run in other processes.
 
-    prompt: one user turn, or a list of chat messages.
-    verify: completion text -> `Verdict`. Pure, silent and total: no text makes it raise, print or hang.
-    answer: a demonstration for supervised training; empty if there is none.
-    cluster: problems that share it are not independent of one another, such as puzzles of one solution; intervals are
-        over clusters. Empty: problems of the same prompt share one.
+    Attributes:
+        prompt: one user turn, or a list of chat messages.
+        verify: completion text -> `Verdict`. Pure, silent and total: no text makes it raise, print or hang.
+        answer: a demonstration for supervised training; empty if there is none.
+        cluster: problems that share it are not independent of one another, such as puzzles of one solution; intervals
+            are over clusters. Empty: problems of the same prompt share one.
     """
 
     prompt: str | Messages

@@ -89,8 +89,10 @@ def _name(path: str) -> str:
 class Weighted(Task):
     """A task with extra rewards.
 
-    task: draws the problems. weight: of its own verifier, logged as ``task/...``. extra: import path -> weight; each is
-    logged under the function's name.
+    Args:
+        task: draws the problems.
+        weight: of its own verifier, logged as ``task/...``.
+        extra: import path -> weight; each is logged under the function's name.
 
     Raises:
         ValueError: a path that leads to no function of a text; two rewards of one name; a weight that is no number.

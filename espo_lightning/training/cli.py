@@ -25,10 +25,11 @@ from espo_lightning.training.data_check import check_data
 from espo_lightning.training.quiet import quiet
 from espo_lightning.training.run_checkpoint import RECORD, RunCheckpoint
 from espo_lightning.training.run_folder import Claim, Metrics, lock, recover, resume_command, run_of
+from espo_lightning.training.same_threads import Threads
 from espo_lightning.training.screen import progress
 from espo_lightning.training.signals import Stopped
 from espo_lightning.training.strategies import check, check_resume, named
-from espo_lightning.training.threads import Threads, choose_threads, counted
+from espo_lightning.training.threads import choose_threads, counted
 from espo_lightning.training.trackio_logger import TrackioLogger  # noqa: F401, for --trainer.logger=TrackioLogger
 from espo_lightning.training.trainer_flags import REFUSED, check_callbacks, check_flags, save_dir_is_optional
 
@@ -93,7 +94,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def init_parser(self, **kwargs):
-        parser = helpful(super().init_parser(**kwargs), self.command)
+        parser = helpful(super().init_parser(**kwargs))
         refuse = parser.error
 
         def error(*message):

@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 
 import espo_lightning  # names only: what they stand for is imported when it is used
 from espo_lightning.shipped import found
-from espo_lightning.training.kept_help import keeping
 from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
 
@@ -35,7 +34,7 @@ def run(function: Callable, command: str, argv: list[str] | None, defaults: dict
     rooms = {room(parameter.annotation) for parameter in signature(function).parameters.values()}
     publish(name for name in espo_lightning.__all__ if room(name) in rooms - {""})
     usage = f"python -m {command} [--config FILE] [--KEY=VALUE ...]"
-    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage), command)
+    parser = helpful(ArgumentParser(prog=f"python -m {command}", usage=usage))
     parser.add_argument("--config", action="config", help="a YAML file of these arguments; may be repeated")
     parser.add_function_arguments(function, skip={"settings"})
     parser.set_defaults(defaults or {})
@@ -75,7 +74,7 @@ def spelt_out(argv: list[str]) -> list[str]:
         head, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         flag = head if equals else before  # whose value this is
         name = flag.removeprefix("--").removesuffix(".class_path").rsplit(".", 1)[-1]
-        if value in callables() and name in functions_expected():
+        if known(value) and name in functions_expected():
             argument = f"{head}{equals}{callables()[value]}"
         elif flag == "--config" and value:
             argument = f"{head}{equals}{found(value)}"
@@ -84,28 +83,24 @@ def spelt_out(argv: list[str]) -> list[str]:
     return spelt
 
 
-def helpful(parser: Any, command: str) -> Any:
-    """A parser whose errors say how things are spelt, and whose help need not be made twice."""
-    return keeping(with_short_names(with_advice(parser)), command)
+def helpful(parser: Any) -> Any:
+    """A parser that takes short names, and whose errors say how things are spelt."""
+    return with_short_names(with_advice(parser))
 
 
-def spelt_out_in(value: Any, expected: bool = False) -> Any:
+def spelt_out_in(value: Any, key: str = "") -> Any:
     """The same for what was read from a file: short names of functions, where one is expected, as import paths.
-
 
     Args:
         value: any part of the file.
-        expected: whether it stands where a function is expected.
+        key: the name it stands under; of a ``class_path``, the one above.
     """
-    if isinstance(value, str) and expected:
-        return callables().get(value, value)
+    if isinstance(value, str) and known(value) and key in functions_expected():
+        return callables()[value]
     if isinstance(value, list):
-        return [spelt_out_in(part, expected) for part in value]
+        return [spelt_out_in(part, key) for part in value]
     if isinstance(value, dict):
-        return {
-            key: spelt_out_in(part, expected if key == "class_path" else key in functions_expected())
-            for key, part in value.items()
-        }
+        return {name: spelt_out_in(part, key if name == "class_path" else name) for name, part in value.items()}
     return value
 
 
@@ -127,6 +122,11 @@ def room(thing: Any) -> str:
     """The folder of this package where a public name, or a class or function, is; "" if nowhere."""
     path = espo_lightning.WHERE.get(thing, "") if isinstance(thing, str) else getattr(thing, "__module__", "")
     return path.split(".")[1] if path.startswith("espo_lightning.") else ""
+
+
+def known(name: str) -> bool:
+    """Whether a short name is one of `callables`; no other one imports anything."""
+    return name in espo_lightning.WHERE and name in callables()
 
 
 @cache

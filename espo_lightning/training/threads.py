@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from espo_lightning.policies.policy import Policy
 from espo_lightning.ranges import check_counts
@@ -62,15 +61,3 @@ def computing_with(number: int | None = None) -> Iterator[int]:
 def counted(number: int) -> str:
     """In words."""
     return f"{number} thread{'s' * (number != 1)}"
-
-
-class Threads(Callback):
-    """Gives every process of a trainer the same number of threads, once the processes are there: Lightning shares the
-    cores among those that it starts, whatever there is to compute.
-    """
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        torch.set_num_threads(trainer.strategy.broadcast(self.number))
