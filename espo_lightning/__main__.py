@@ -14,6 +14,7 @@ PROGRAMS = {  # module -> what it does
     "push": "a run's model card, and its upload to the Hugging Face hub",
     "cost": "FLOPs, bytes and memory of a step, without a GPU",
     "notebooks": "run the notebooks",
+    "leaderboard": "methods at equal compute, and your own among them",
 }
 USAGE = "usage: espo PROGRAM [--help] [--config FILE] [--KEY=VALUE ...]"
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     """Hand the arguments to a program, which is the module ``espo_lightning.PROGRAM``; exit code 2 if there is none."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {program:10} {what}" for program, what in PROGRAMS.items()]
+        lines = [f"  {program:12} {what}" for program, what in PROGRAMS.items()]
         sys.stdout.write("\n".join([USAGE, "", *lines, "", "espo PROGRAM --help lists its flags."]) + "\n")
     elif name == "--version":
         sys.stdout.write(f"espo_lightning {version('espo-lightning')}\n")

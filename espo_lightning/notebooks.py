@@ -65,6 +65,7 @@ def over_arms(
     *,
     processes: int = 1,
     cache: str | Path | None = "../runs/notebooks",
+    any_source: bool = False,
     **settings: Any,
 ) -> dict[str, list[dict]]:
     """``study(seed, **settings, **arm)`` of every arm and seed, in processes of their own with one thread each.
@@ -78,11 +79,13 @@ def over_arms(
         arms: name -> the settings in which this arm differs.
         processes: how many run at once.
         cache: folder of finished results; None = keep nothing.
+        any_source: kept results count whatever source and versions made them: for a table that grows over versions.
 
     Returns:
         For every arm the dictionaries in the order of ``seeds``, each with "seed" and "seconds" of processor time.
     """
-    seeds, sources = list(seeds), made_of(Path(__file__).parent)
+    seeds = list(seeds)
+    sources = hashlib.sha256() if any_source else made_of(Path(__file__).parent)
 
     def file(arm: dict, seed: int) -> Path | None:
         if cache is None:
@@ -163,8 +166,8 @@ def save_result(
     result = {
         "name": name,
         "parameters": parameters,
-        "per_seed": _rounded(per_seed),
-        "summary": _rounded(summary),
+        "per_seed": rounded(per_seed),
+        "summary": rounded(summary),
         "findings": {statement: bool(held) for statement, held in findings.items()},
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
@@ -179,12 +182,12 @@ def save_result(
     return result
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats with 6 significant digits: more are noise, and room in the repository."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

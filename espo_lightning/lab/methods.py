@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -57,6 +58,9 @@ class Method:
         return (count / count.mean() * losses).mean(), statistics
 
 
+NAMES = {field.name for field in fields(Method)}
+
+
 def read_method(path: str | Path, *changes: str) -> Method:
     """The method of a preset.
 
@@ -67,13 +71,22 @@ def read_method(path: str | Path, *changes: str) -> Method:
     Raises:
         SystemExit: with code 2 and a message, if the file or a flag does not fit.
     """
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model", {})
-    names = {field.name for field in fields(Method)}
-    others = set(signature(ESPOModule).parameters) - names
+    return make_method(method_settings(path), *changes)
+
+
+def method_settings(path: str | Path) -> dict[str, Any]:
+    """What a preset says of its method, as plain data: the arguments of `ESPOModule` that are fields of `Method`."""
+    settings = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("model", {})
+    return {key: value for key, value in settings.items() if key in NAMES}
+
+
+def make_method(settings: dict[str, Any], *changes: str) -> Method:
+    """The method of what `method_settings` returns; see `read_method`."""
+    others = set(signature(ESPOModule).parameters) - NAMES
     publish()
     parser = ArgumentParser()
     parser.add_class_arguments(ESPOModule, "model", skip=others, instantiate=False)
     parser.add_argument("--config", action="config")
-    known = {"model": {key: value for key, value in settings.items() if key in names}}
     flags = [change.replace("--", "--model.", 1) for change in changes]
-    return Method(**vars(parser.instantiate(parser.parse_args(["--config", yaml.safe_dump(known), *flags])).model))
+    known = yaml.safe_dump({"model": settings})
+    return Method(**vars(parser.instantiate(parser.parse_args(["--config", known, *flags])).model))

@@ -66,6 +66,12 @@ COLOURS = {
     "T = 8": ORANGE,
     "T = 4": VERMILLION,
     "masks once": PURPLE,
+    # tasks, and what methods score
+    "Sudoku": BLUE,
+    "Countdown": ORANGE,
+    "masked views": ORANGE,
+    "one masked": PURPLE,
+    "trace": GREEN,
     # whose completions
     "own": BLUE,
     "answer": ORANGE,
@@ -88,16 +94,25 @@ STYLE = {
 }
 
 
-def panels(*titles: str, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A row of panels in the style of all notebooks, legible at the width of a README.
+def panels(
+    *titles: str, height: float = 3.0, width: float = 3.2, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Panels in the style of all notebooks, legible at the width of a README, in one row or with some ``columns``.
 
     The style stays for what is drawn next, legends included.
+
+    Args:
+        height, width: of a panel, in inches.
     """
     plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * max(2, len(titles)), height), squeeze=False)
-    for axis, title in zip(axes[0], titles):
+    columns = columns or len(titles)
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * max(2, columns), height * rows), squeeze=False)
+    for axis, title in zip(axes.flat, titles):
         axis.set_title(title)
-    return figure, list(axes[0])
+    for axis in axes.flat[len(titles) :]:
+        axis.remove()
+    return figure, list(axes.flat[: len(titles)])
 
 
 def line(

@@ -14,7 +14,7 @@ from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.load import load_policy
 from espo_lightning.policies.policy import Policy
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, MeanField
-from espo_lightning.tasks import Sudoku
+from espo_lightning.tasks import Sudoku, Task
 from espo_lightning.training.module import ESPOModule
 
 PROMPTS = 16  # per rollout, as in `fit`
@@ -75,9 +75,20 @@ class Arm:
 @cache
 def expected_flops(arm: Arm) -> dict[str, float]:
     """FLOPs of every phase of a training step, averaged over masks, if no completion is left out."""
-    module = arm.module(0)
-    completions, length = PROMPTS * module.group_size, module.decoding.length
-    prompt = module.policy.encode([Sudoku().problem("train", 0, 0).prompt])
+    return module_flops(arm.module(0), Sudoku(), SUDOKU, PROMPTS)
+
+
+def module_flops(module: ESPOModule, task: Task, network: str, prompts: int) -> dict[str, float]:
+    """FLOPs of every phase of a training step of ``prompts`` problems, averaged over masks.
+
+    All completions are scored at once; where groups of equal rewards are left out (``skip_equal_groups``), it is less.
+
+    Args:
+        task: whose first prompt gives the width of all prompts.
+        network: path of the policy, see `read_network`.
+    """
+    completions, length = prompts * module.group_size, module.decoding.length
+    prompt = module.policy.encode([task.problem("train", 0, 0).prompt])
     passes = expected_work(
         decoding_passes(module.decoding, completions, prompt.ids.shape[1] + length),
         module.likelihood,
@@ -89,7 +100,7 @@ def expected_flops(arm: Arm) -> dict[str, float]:
         micro_batch=completions,
         view_by_view=False,
     )
-    return flops(read_network(SUDOKU), passes)
+    return flops(read_network(network), passes)
 
 
 def equal_rollouts(arm: dict, like: dict, rollouts: int) -> int:
