@@ -123,9 +123,8 @@ def versions() -> dict[str, str]:
 
 
 def _start() -> None:
-    """One thread, so that the numbers do not depend on the machine's cores; no chatter among the outputs."""
+    """One thread, so that the numbers do not depend on the machine's cores; no warning of what a study counts."""
     torch.set_num_threads(1)
-    quiet()
     warnings.filterwarnings("ignore", "rollout .* the gradient is NaN")  # a study counts the runs that diverge
     threading.Thread(target=_end_with, args=[parent_process()], daemon=True).start()
 
@@ -137,6 +136,7 @@ def _end_with(parent: BaseProcess) -> None:
 
 
 def _timed(study: Callable[..., dict], seed: int, settings: dict, path: Path | None) -> dict:
+    quiet()  # no chatter among the outputs; Lightning is there only now, with the study
     start = time.process_time()  # of this process with its one thread, whatever else the machine does
     numbers = study(seed, **settings)
     text = json.dumps({"seed": seed, **numbers, "seconds": time.process_time() - start})

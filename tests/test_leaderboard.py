@@ -188,6 +188,13 @@ def test_a_run_and_its_pilot(monkeypatch):
     assert set(base) == {"exact", "few", "random_order", "left_to_right", "reward"}
 
 
+@pytest.mark.slow
+def test_a_run_in_a_process_of_its_own_prints_nothing(capfd):
+    terms = {"method": {}, "contest": "Countdown", "lr": 1e-3, "rollouts": 1, "prompts": 1}
+    assert 0 <= notebooks.over_seeds(study.pilot_run, [0], cache=None, **terms)[0]["score"] <= 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_run_that_diverges_is_told(monkeypatch):
     def diverge(module, task, seed, rollouts, at, batch):
         snapshots = study.Snapshots([0])
