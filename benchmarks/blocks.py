@@ -1,15 +1,18 @@
 """What blocks buy: rollouts and scoring of block-causal policies against full attention.
 
-    OMP_NUM_THREADS=1 python benchmarks/blocks.py        # about ten minutes; --quick for the smallest canvas only
+    OMP_NUM_THREADS=1 python benchmarks/blocks.py        # about ten CPU minutes; --quick for the smallest canvas only
+    python benchmarks/blocks.py --table                  # what benchmarks/results/blocks.json says, as Markdown
 
-The same random network under three settings: full attention (`Decoding`), block-causal without and with its cache
-(`BlockDecoding`); and one scoring pass with M draws, of `ELBO` and `BlockELBO`, with its gradient. User CPU seconds on
-one thread; what is compared runs in turns, and ratios are of medians. See benchmarks/README.md.
+The same random network under three settings: full attention (`Decoding`), block-causal with its cache and, on the
+shortest canvas, without (`BlockDecoding`); and one scoring pass with M draws, of `ELBO` and `BlockELBO`, with its
+gradient. User CPU seconds on one thread; what is compared runs in turns, and ratios are of medians, with the smallest
+and largest ratio of a turn. See benchmarks/README.md.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,19 +25,25 @@ from espo_lightning.lab.network import Network
 from espo_lightning.scoring.likelihood import Likelihood, Seen
 
 SIZE = {"hidden_size": 96, "layers": 4, "heads": 4, "intermediate_size": 256}
-PROMPT = 64
+PROMPT, LENGTHS, BLOCKS, DRAWS = 64, (64, 256, 1024), (4, 16, 32), (1, 2, 4)
+RESULTS = Path(__file__).parent / "results" / "blocks.json"
 
 
-def in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """User CPU seconds of each, one after the other in every round, after one round that does not count."""
+def in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """User CPU seconds of each, one after the other in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(repeats + 1):
+    for _ in range(repeats):
         for name, job in jobs.items():
             start = user_seconds()
             job()
-            if number or repeats == 0:
-                seconds[name].append(user_seconds() - start)
-    return {name: summary(values) for name, values in seconds.items()}
+            seconds[name].append(user_seconds() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Of the medians, and the range over the rounds."""
+    each = [a / b for a, b in zip(above, below)]
+    return {"median": summary(above)["median"] / summary(below)["median"], "min": min(each), "max": max(each)}
 
 
 def policies(block: int) -> tuple[Policy, Policy]:
@@ -50,34 +59,32 @@ def some_prompts(rows: int) -> Prompts:
     return Prompts(ids, None)
 
 
-def rollouts(length: int, block: int, rows: int, repeats: int, uncached: bool) -> dict:
-    """Tokens per second, one token a step."""
-    full, blocks = policies(block)
-    prompts, keys = some_prompts(rows), fold_in(0, torch.arange(rows))
-    cached = BlockDecoding(length, block, length)
-    jobs = {
-        "full": lambda: Decoding(length, block, length).generate(full, prompts, keys),
-        "blocks, cached": lambda: cached.generate(blocks, prompts, keys),
+def rollouts(length: int, rows: int, repeats: int, uncached: bool) -> dict:
+    """Tokens per second, one token a step, and how many times those of full attention."""
+    prompts, keys, full = some_prompts(rows), fold_in(0, torch.arange(rows)), policies(32)[0]
+    jobs: dict[str, Callable[[], object]] = {
+        "full": lambda: Decoding(length, 32, length).generate(full, prompts, keys),
     }
-    if uncached:
-        without = BlockDecoding(length, block, length, cache=False)
-        jobs["blocks, not cached"] = lambda: without.generate(blocks, prompts, keys)
-        assert torch.equal(jobs["blocks, cached"](), jobs["blocks, not cached"]())
+    for block in BLOCKS:
+        blocks = policies(block)[1]
+        for name, cache in [("cached", True), ("not cached", False)][: 1 + uncached]:
+            decoding = BlockDecoding(length, block, length, cache=cache)
+            jobs[f"b {block}, {name}"] = partial(decoding.generate, blocks, prompts, keys)
+        if uncached:
+            assert torch.equal(jobs[f"b {block}, cached"](), jobs[f"b {block}, not cached"]())
     seconds = in_turns(jobs, repeats)
-    speed = {name: rows * length / s["median"] for name, s in seconds.items()}
-    network = Network(
-        SIZE["hidden_size"], SIZE["layers"], SIZE["heads"], SIZE["heads"], 24, SIZE["intermediate_size"], 64
-    )
+    shape = (SIZE["hidden_size"], SIZE["layers"], SIZE["heads"], SIZE["heads"], 24, SIZE["intermediate_size"], 64)
     return {
+        "rows": rows,
         "seconds": seconds,
-        "tokens per second": speed,
-        "cached over full": speed["blocks, cached"] / speed["full"],
-        "cache bytes": cache_bytes(network, rows * (PROMPT + length - block), 4),
+        "tokens per second": {name: rows * length / summary(s)["median"] for name, s in seconds.items()},
+        "times full attention": {name: ratio(seconds["full"], s) for name, s in seconds.items() if name != "full"},
+        "cache bytes": cache_bytes(Network(*shape), rows * (PROMPT + length), 4),
     }
 
 
-def scoring(length: int, block: int, draws: int, rows: int, repeats: int) -> dict:
-    """A scoring pass and its backward pass."""
+def scoring(length: int, block: int, rows: int, repeats: int) -> dict:
+    """A scoring pass and its backward pass; blocks as a share of full attention, by draws."""
     full, blocks = policies(block)
     prompts, keys = some_prompts(rows), fold_in(1, torch.arange(rows))
     completion = torch.randint(7, 60, (rows, length), generator=torch.Generator().manual_seed(1))
@@ -86,35 +93,84 @@ def scoring(length: int, block: int, draws: int, rows: int, repeats: int) -> dic
         masks = likelihood.masks(keys, Seen.of(policy, prompts, completion, keys))
         return lambda: likelihood.terms(policy, prompts, completion, masks).sum().backward()
 
-    jobs = {"full": job(full, ELBO(draws)), "blocks": job(blocks, BlockELBO(draws, block=block))}
+    jobs = {}
+    for draws in DRAWS:
+        jobs[f"full, M {draws}"] = job(full, ELBO(draws))
+        jobs[f"blocks, M {draws}"] = job(blocks, BlockELBO(draws, block=block))
     seconds = in_turns(jobs, repeats)
-    return {"seconds": seconds, "blocks over full": seconds["blocks"]["median"] / seconds["full"]["median"]}
+    shares = {f"M {m}": ratio(seconds[f"blocks, M {m}"], seconds[f"full, M {m}"]) for m in DRAWS}
+    return {"rows": rows, "seconds": seconds, "of full attention": shares}
+
+
+def table(result: dict) -> str:
+    """The measured ratios as Markdown."""
+
+    def cell(of: dict[str, float]) -> str:
+        return (
+            f"{of['median']:.2f} [{of['min']:.2f}, {of['max']:.2f}]" if of["min"] < of["max"] else f"{of['median']:.2f}"
+        )
+
+    lines = ["| tokens/s, times those of full attention | b 4 | b 16 | b 32 |", "|---|---|---|---|"]
+    for name, measured in result["rollouts"].items():
+        for kind in ("cached", "not cached"):
+            cells = [measured["times full attention"].get(f"b {block}, {kind}") for block in BLOCKS]
+            if None not in cells:
+                rows = f"{measured['rows']} row{'s' * (measured['rows'] > 1)}"
+                lines.append(f"| {name}, {rows}, {kind} | {' | '.join(map(cell, cells))} |")
+    lines += ["", "| scoring and its gradient, of full attention | M 1 | M 2 | M 4 |", "|---|---|---|---|"]
+    for name, measured in result["scoring"].items():
+        lines.append(f"| {name} | {' | '.join(map(cell, measured['of full attention'].values()))} |")
+    for what, goal, found in goals(result):
+        lines += ["", f"Goal: {what} {goal}. Measured {cell(found)}: {'reached' if met(goal, found) else 'missed'}."]
+    return "\n".join(lines) + "\n"
+
+
+def goals(result: dict) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """What was aimed at, and what came, where it was measured."""
+    if (speed := result["rollouts"].get("L 256")) is not None:
+        found = speed["times full attention"]["b 32, cached"]
+        yield "tokens/s at L 256, b 32,", "at least 8 times those of full attention", found
+    if (share := result["scoring"].get("L 256, b 32")) is not None:
+        yield "scoring at L 256, b 32, M 4", "at most 0.9 of full attention", share["of full attention"]["M 4"]
+
+
+def met(goal: str, found: dict[str, float]) -> bool:
+    """Whether the median is on the right side of the number in a goal."""
+    number = float(goal.split()[2])
+    return found["median"] >= number if goal.startswith("at least") else found["median"] <= number
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest canvas only")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="canvases of the rollouts")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3, help="0 = one round, without a warm-up")
-    parser.add_argument("--output", default="benchmarks/results/blocks.json")
+    parser.add_argument("--rows", type=int, default=16, help="completions; on the longest canvas one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what the output holds")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.output.read_text())), end="")
+        return
     torch.set_num_threads(1)
-    result: dict = {"size": SIZE, "prompt": PROMPT, "rows": options.rows, "torch": torch.__version__}
-    result |= {"rollouts": {}, "scoring": {}}
-    for length in (64,) if options.quick else options.lengths:
-        long = length == 1024  # where one round of full attention takes minutes
-        rows, repeats = (1, 0) if long else (options.rows, options.repeats)
-        for block in (4, 16, 32):
-            name = f"L {length}, b {block}"
-            result["rollouts"][name] = rollouts(length, block, rows, repeats, uncached=length == 64)
-            print(name, f"{result['rollouts'][name]['cached over full']:.2f} times the tokens/s", flush=True)
-    for draws in (1, 2, 4):
-        length = 64 if options.quick else 256
-        name = f"L {length}, b 32, M {draws}"
-        result["scoring"][name] = scoring(length, 32, draws, options.rows, options.repeats)
-        print(name, f"{result['scoring'][name]['blocks over full']:.2f} of full attention", flush=True)
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    done = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result: dict = {"size": SIZE, "prompt": PROMPT, "torch": torch.__version__}
+    result |= {"rollouts": done.get("rollouts", {}), "scoring": done.get("scoring", {})}
+
+    def save(kind: str, name: str, measure: Callable[[], dict]) -> None:
+        if name not in result[kind]:
+            result[kind][name] = measure()
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
+            print(kind, name, flush=True)
+
+    rollouts(32, 2, 1, uncached=False)  # the first passes of a process are slower
+    for length in LENGTHS[: 1 if options.quick else None]:
+        # where one round of full attention takes minutes
+        rows, repeats = (1, 1) if length == 1024 else (options.rows, options.repeats)
+        save("rollouts", f"L {length}", partial(rollouts, length, rows, repeats, uncached=length == LENGTHS[0]))
+        few = rows if length <= 64 else max(1, rows // 4)  # a micro-batch
+        for block in BLOCKS:
+            save("scoring", f"L {length}, b {block}", partial(scoring, length, block, few, max(2, repeats)))
+    print(table(result), end="")
 
 
 if __name__ == "__main__":

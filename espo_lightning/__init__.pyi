@@ -61,7 +61,7 @@ from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import log_probs, score
 from espo_lightning.scoring.trajectory import HighestEntropy, Trajectory
 from espo_lightning.scoring.views import BlockViews, OneMasked, RandomViews, TokenViews
-from espo_lightning.tasks import Countdown, Problem, Sudoku, Task, TRLReward
+from espo_lightning.tasks import Chain, Countdown, Problem, Sudoku, Task, TRLReward
 from espo_lightning.training.data import PromptDataModule
 from espo_lightning.training.module import ESPOModule
 from espo_lightning.training.rollout import Rollout
@@ -78,6 +78,7 @@ __all__ = [
     "BlockDecoding",
     "BlockELBO",
     "BlockViews",
+    "Chain",
     "Countdown",
     "Decoder",
     "Decoding",

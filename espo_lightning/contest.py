@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from espo_lightning.lab.leaderboard import at_edge, best, beyond, title
-from espo_lightning.lab.methods import method_settings
-from espo_lightning.lab.studies.leaderboard import final_run, on_equal_terms, pilot_run, step_flops
+from espo_lightning.lab.methods import make_method, method_settings
+from espo_lightning.lab.studies.leaderboard import belongs, final_run, on_equal_terms, pilot_run, step_flops
 from espo_lightning.notebooks import over_arms
 
 ESPO = {}  # the defaults of `ESPOModule`, which `experiments/methods/espo.yaml` spells out
@@ -16,8 +16,9 @@ PILOTS, FINALS = 6000, 7000  # the first seeds of pilots and of final runs, whic
 
 
 def presets(folder: str | Path) -> dict[str, dict]:
-    """The settings of all methods in a folder of YAML files, by their `title`."""
-    return {title(path): method_settings(path) for path in sorted(Path(folder).glob("*.yaml"))}
+    """The settings of the methods in a folder of YAML files, by their `title`, less those for block-causal policies."""
+    found = {title(path): method_settings(path) for path in sorted(Path(folder).glob("*.yaml"))}
+    return {name: settings for name, settings in found.items() if belongs(make_method(settings))}
 
 
 def plan(methods: dict[str, dict], contest: str, rollouts: int, prompts: int) -> dict[str, dict]:

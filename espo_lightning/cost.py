@@ -121,7 +121,7 @@ def _check(counts: dict[str, int | None], gpus: tuple[int, ...], shards: int | N
 def passes_of(
     decoding: Decoding, likelihood: Likelihood, completions: int, prompt_length: int, resumes: bool
 ) -> tuple[Passes, Callable[..., Passes], int]:
-    """The passes of a rollout, those of scoring given masks, and tokens whose keys and values the rollout keeps.
+    """The passes of a rollout, those of scoring given masks, and tokens whose keys and values the rollout has room for.
 
     resumes: see `Policy.resumes`.
     """
@@ -133,7 +133,7 @@ def passes_of(
         return decoding_passes(decoding, completions, width), scoring_passes, 0
     own = partial(block_scoring_passes, block=decoding.block_length, resumes=resumes)
     scoring = own if elbo else scoring_passes
-    cached = completions * (width - decoding.block_length) if decoding.cache else 0
+    cached = completions * width if decoding.cache else 0
     return block_decoding_passes(decoding, completions, width), scoring, cached
 
 

@@ -39,6 +39,11 @@ def uniform(keys: Tensor, n: int) -> Tensor:
     return unit(random_bits(keys, n), real(keys.device))
 
 
+def uniforms(keys: Tensor, numbers: Tensor) -> Tensor:
+    """Those of `uniform` with these numbers, from 0: [...], int64 [..., n] that broadcasts -> [..., n]."""
+    return unit(_mix(_mix(keys).unsqueeze(-1) + (numbers + 1) * _GOLDEN), real(keys.device))
+
+
 def real(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: Apple's GPUs know no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

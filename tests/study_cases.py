@@ -1,5 +1,7 @@
 """The policy and the state that the tests of studies look at."""
 
+from concurrent.futures import Future
+
 import pytest
 
 from espo_lightning import (
@@ -22,3 +24,27 @@ def policy_fixture():
 @pytest.fixture(name="state", scope="module")
 def state_fixture(policy):
     return contested_states(policy, seed=0, count=1, free=2)[0]
+
+
+class Inline:
+    """An executor without processes."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *arguments):
+        pass
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **options):
+        pass

@@ -10,7 +10,7 @@ from conftest import fit
 from torch.utils.flop_counter import FlopCounterMode
 
 from espo_lightning import BlockDecoding, BlockELBO, Decoding, PolicyGradient
-from espo_lightning.cost import cost
+from espo_lightning.cost import cost, passes_of
 from espo_lightning.lab.flops import Passes, decoding_passes, flops, forward, scoring_passes, work
 from espo_lightning.lab.flops_blocks import block_decoding_passes, block_scoring_passes, cache_bytes
 from espo_lightning.lab.network import read_network
@@ -93,16 +93,17 @@ def test_bytes_of_the_cache_are_counted_bytes(folder):
     policy, stored = block_policy(4, "response", torch.float32), []
     kept = policy.prefix
 
-    def prefix(*args):
-        stored.append(kept(*args))
+    def prefix(**options):
+        stored.append(kept(**options))
         return stored[-1]
 
     policy.prefix = prefix
     BlockDecoding(12, 4, 12).generate(policy, prompts_of(3), keys_of(3))
     (store,) = stored
-    counted = sum(t.numel() * t.element_size() for layer in store.cache.layers for t in (layer.keys, layer.values))
+    counted = sum(t.untyped_storage().nbytes() for layer in store.cache.layers for t in (layer.keys, layer.values))
     assert len(store) == 6 + 12 - 4
-    assert cache_bytes(read_network(str(folder)), 3 * len(store), 4) == counted
+    assert passes_of(BlockDecoding(12, 4, 12), BlockELBO(block=4), 3, 6, True)[2] == 3 * store.room == 3 * 18
+    assert cache_bytes(read_network(str(folder)), 3 * store.room, 4) == counted
 
 
 def test_the_command_line_knows_blocks(folder):
@@ -112,7 +113,7 @@ def test_the_command_line_knows_blocks(folder):
     }  # fmt: skip
     table = cost(str(folder), **settings)["table"]
     memory = table["GB of memory per GPU"]
-    assert memory["cache in the rollout"][0] * 1e9 == cache_bytes(read_network(str(folder)), 12 * 18, 4)
+    assert memory["cache in the rollout"][0] * 1e9 == cache_bytes(read_network(str(folder)), 12 * 22, 4)
     plain = cost(str(folder), **settings | {"decoding": replace(settings["decoding"], cache=False)})["table"]
     assert plain["PFLOP per GPU"]["rollout"][0] > 1.5 * table["PFLOP per GPU"]["rollout"][0]
     assert "cache in the rollout" not in plain["GB of memory per GPU"]

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 import torch
-from test_notebook_calls import Inline
+from study_cases import Inline
 
 from espo_lightning import Decoding, left_to_right, load_policy, low_confidence, notebooks, random_order
 from espo_lightning import contest as program

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageChops
+from study_cases import Inline
 
 from espo_lightning import notebooks
 from espo_lightning.lab.plots import COLOURS, legend, line, panels, save
@@ -34,30 +34,6 @@ def study(seed: int, *, log: str, power: int = 2, arms: str = "") -> dict:
     with open(log, "a") as file:
         file.write(f"{seed}\n")
     return {"value": seed**power}
-
-
-class Inline:
-    """An executor without processes."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *arguments):
-        pass
-
-    def submit(self, function, *arguments) -> Future:
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except RuntimeError as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **options):
-        pass
 
 
 def test_over_seeds_keeps_what_is_finished(tmp_path, monkeypatch):

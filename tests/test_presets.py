@@ -131,6 +131,7 @@ ARGUMENTS = [
     for where in ("objective", "likelihood")
     for field in fields(settings[where])
     if name not in NEW and field.name in OTHERS and OTHERS[field.name] != getattr(settings[where], field.name)
+    if (name, field.name) != ("ebpo", "block")  # the policy's
 ]
 NEW_ARGUMENTS = [
     (name, where, field.name)

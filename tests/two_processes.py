@@ -82,11 +82,15 @@ def block_policy():
     return new_policy(hidden_size=16, layers=2, heads=2, intermediate_size=24, block=2, origin="global")
 
 
-def uneven_policy():
+def uneven_policy(make=small_policy):
     """Of many tokens that end a text, so that completions differ in length; float64, so that no rounding flips one."""
-    policy = small_policy().double()
+    policy = make().double()
     policy.config.eos_token_id = [policy.config.eos_token_id, *range(20, 35)]
     return policy
+
+
+def uneven_block_policy():
+    return uneven_policy(block_policy)
 
 
 def small_method(method: Method) -> dict:
@@ -102,7 +106,11 @@ def small_method(method: Method) -> dict:
         settings["seed"] = 5  # with others, no completion of the first rollouts has a reward
     # a step at which no loss diverges, where roundings would grow
     sgd = {"optimizer": partial(torch.optim.SGD, lr=0.05)}
-    return {"policy": uneven_policy, "updates": min(method.updates, 3), **settings, **sgd}
+    policy = uneven_policy
+    if isinstance(likelihood, BlockELBO):
+        policy = uneven_block_policy
+        settings |= {"likelihood": replace(likelihood, block=2), "decoding": BlockDecoding(4, 2, 4)}
+    return {"policy": policy, "updates": min(method.updates, 3), **settings, **sgd}
 
 
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "warmup": 6}

@@ -6,15 +6,15 @@ good: a step costs a block, not a canvas. Steps, orders, schedules and threshold
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Trace
-from espo_lightning.decoding.masked import Decoding, _note, _proposer, end
+from espo_lightning.decoding.masked import Decoding, _note, _proposer, end, step_noise
 from espo_lightning.decoding.schedules import Step, commit
-from espo_lightning.keys import fold_in, uniform
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,20 @@ class BlockDecoding(Decoding):
         return decode_blocks(policy, prompts, keys, self, agree, traced=False)[0]
 
 
+class _View(NamedTuple):
+    """What all passes over a block of some rows have in common; see `Policy.forward`.
+
+    rows: int64 [n]. stop: places that a pass looks at, T. sees: bool [n, T or a block, T]; None = a
+    block sees them all. positions: int64 [n, T]. known: keys and values of these rows, None = nothing is cached.
+    """
+
+    rows: Tensor
+    stop: int
+    sees: Tensor | None
+    positions: Tensor
+    known: Any
+
+
 class _Canvas:
     """Prompts and canvases in slots, and the passes over them; see `Slots`. ids: int64 [B, T]."""
 
@@ -95,8 +109,8 @@ class _Canvas:
         self.policy, self.slots = policy, policy.layout.slots(prompts, decoding.length)
         canvas = F.pad(prompts.ids, (0, decoding.length), value=policy.mask_id)
         self.ids, self.owned = self.slots.show(canvas, empty=policy.mask_id), self.slots.owned()
-        self.known = policy.prefix() if decoding.cache else None
-        self.some = None  # rows of the cache, see `run`
+        self.known = policy.prefix(room=self.ids.shape[1]) if decoding.cache else None
+        self.view = None  # of the last pass
 
     def hidden(self, rows: Tensor, places: slice) -> Tensor:
         """Positions of the canvas without a token yet: bool [n, places]."""
@@ -104,7 +118,6 @@ class _Canvas:
 
     def finish(self, stop: int) -> None:
         """Write keys and values of all clean places before ``stop`` that are not in the cache yet."""
-        self.some = None
         if self.known is None or stop == (start := len(self.known)):
             return
         self.known.width = None
@@ -113,20 +126,27 @@ class _Canvas:
         positions = self.slots.positions[:, :stop]
         self.policy(everything, sees, nothing, lambda logits: logits[:, 0], prefix=self.known, positions=positions)
 
+    def look(self, rows: Tensor, places: slice) -> _View:
+        """At the block at ``places``, in some rows."""
+        stop, everyone = places.stop, len(rows) == len(self.ids)
+        slots = self.slots if everyone else self.slots.of(rows)
+        positions = slots.positions[:, :stop]
+        if self.known is None:
+            return _View(rows, stop, slots.sees(slice(0, stop), slice(0, stop)), positions, None)
+        sees = slots.sees(places, slice(0, stop))
+        known = self.known if everyone else self.known.of(rows)
+        known.width = places.start
+        return _View(rows, stop, None if sees.all() else sees, positions, known)
+
     def run(self, rows: Tensor, places: slice, hidden: Tensor, reduce: Callable[..., tuple], *columns: Tensor) -> tuple:
         """Predict the ``hidden`` positions of the block at ``places``, in some rows."""
-        stop, slots = places.stop, self.slots if len(rows) == len(self.ids) else self.slots.of(rows)
-        ids, positions = self.ids[rows, :stop], slots.positions[:, :stop]
+        if self.view is None or self.view.rows is not rows or self.view.stop != places.stop:
+            self.view = self.look(rows, places)
+        _, stop, sees, positions, known = self.view
+        options = {} if known is None else {"prefix": known}
         select = F.pad(hidden, (places.start, 0))
-        if self.known is None:
-            sees = slots.sees(slice(0, stop), slice(0, stop))
-            return self.policy(ids, sees, select, reduce, *columns, positions=positions)
-        sees = slots.sees(places, slice(0, stop))
-        if self.some is None or self.some[0] is not rows:
-            self.some = rows, self.known.of(rows) if len(rows) < len(self.ids) else self.known
-        known = self.some[1]
-        known.width = places.start
-        return self.policy(ids, sees, select, reduce, *columns, prefix=known, positions=positions)
+        ids = self.ids[rows, :stop]
+        return self.policy(ids, sees, select, reduce, *columns, positions=positions, **options)
 
     def stop_ended(self, rows: Tensor) -> None:
         """Fill what is hidden after the end of a complete text."""
@@ -174,7 +194,8 @@ def decode_blocks(
                 if len(needed) < len(rows):
                     rows = rows[needed if len(needed) else everyone[:1]]
                     hidden = canvas.hidden(rows, places)
-            u_token, u_order = _noise(keys[rows], number, slots.where[rows], places, length)[:, hidden]
+            position = torch.arange(places.start, places.stop, device=keys.device) - slots.where[rows, :1]
+            u_token, u_order = step_noise(keys[rows], number, position.clamp(0, length - 1), length)[:, hidden]
             tokens, priority, *noted = canvas.run(rows, places, hidden, propose, u_token, u_order)
             chosen, old = commit(hidden, priority, step), canvas.ids[rows, places]
             canvas.ids[rows, places] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)
@@ -186,10 +207,3 @@ def decode_blocks(
                 canvas.stop_ended(rows)
     completion, *trace = (x.gather(1, slots.where) for x in (canvas.ids, steps, nats))
     return completion, Trace(*trace) if traced else None
-
-
-def _noise(keys: Tensor, number: int, where: Tensor, places: slice, length: int) -> Tensor:
-    """Uniforms of a step for tokens and orders at some places, as `generate` numbers them: [2, n, places]."""
-    noise = uniform(fold_in(keys, number), 2 * length).view(-1, 2, length).transpose(0, 1)
-    position = torch.arange(places.start, places.stop, device=keys.device) - where[:, :1]
-    return noise.gather(2, position.clamp(0, length - 1).expand(2, -1, -1))

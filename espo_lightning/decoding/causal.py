@@ -84,7 +84,7 @@ def decode_left_to_right(
         tokens = sample_tokens(warped, u) if decoding.temperature else greedy_tokens(warped)
         return (tokens, entropy(warped)) if traced else (tokens,)
 
-    prefix = policy.prefix()
+    prefix = policy.prefix(room=prompts.ids.shape[1] + length)
     for i in range(length):
         if not agree(bool(running.any())):
             break

@@ -26,7 +26,7 @@ from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.orders import POLICY_FREE, low_confidence, perturb, random_order
 from espo_lightning.decoding.proposals import entropy, greedy_tokens, sample_tokens, warp
 from espo_lightning.decoding.schedules import Step, commit, even_schedule
-from espo_lightning.keys import fold_in, randint, uniform
+from espo_lightning.keys import fold_in, randint, uniform, uniforms
 from espo_lightning.ranges import check_whole
 
 
@@ -242,6 +242,7 @@ def _unmask(
         first = block * decoding.block_length
         inside = slice(first, first + decoding.block_length)  # of the completion
         active = slice(width + inside.start, width + inside.stop)  # of the canvas
+        places = torch.arange(inside.start, inside.stop, device=canvas.device).unsqueeze(0)
         rows, taken = everyone, block * busy
         cached = {"prefix": policy.prefix(active.start)} if decoding.prefix_cache else {}
         for number, step in enumerate(plan, block * len(plan)):
@@ -260,9 +261,7 @@ def _unmask(
             ids = canvas[rows]
             select = torch.zeros_like(ids, dtype=torch.bool)
             select[:, active] = hidden
-            # noise is numbered by (key, step, position), whoever else is in the batch
-            noise = uniform(fold_in(keys[rows], number), 2 * length).view(-1, 2, length)[:, :, inside]
-            u_token, u_order = noise.transpose(0, 1)[:, hidden]
+            u_token, u_order = step_noise(keys[rows], number, places, length)[:, hidden]
             tokens, priority, *noted = policy(
                 ids, None if attention is None else attention[rows], select, propose, u_token, u_order, **cached
             )
@@ -278,6 +277,20 @@ def _unmask(
         step = fold_in(keys, decoding.blocks * len(plan) + number)
         _correct(policy, canvas, attention, step, propose, length, trace, decoding.blocks * busy + number)
     return canvas[:, width:], trace
+
+
+def step_noise(keys: Tensor, number: int, places: Tensor, length: int) -> Tensor:
+    """Uniforms of a step for tokens and orders at some positions of canvases of L tokens: [2, n, places].
+
+    They are numbered by (key, step, position), whoever else is in the batch.
+
+    Args:
+        keys: int64 [n].
+        number: of the step.
+        places: positions, int64 [n or 1, places].
+        length: L.
+    """
+    return uniforms(fold_in(keys, number), torch.stack([places, places + length]).expand(2, len(keys), -1))
 
 
 def _note(trace: Trace, where: tuple[Tensor | slice, slice], chosen: Tensor, step: int, nats: Tensor) -> None:

@@ -138,7 +138,7 @@ def memory(
 
     stored: bytes of a stored weight; adapters are float32. Gradients and Adam's moments are like what they belong to.
     A rollout's activations are an estimate: per token the residual stream, norms and MLP of one layer. cached: tokens
-    whose keys and values `BlockDecoding` keeps.
+    whose keys and values `BlockDecoding` has room for.
     """
     n, adapters, layer = network.parameters, network.adapters(rank), network.layer_parameters
     trained = FP32 * adapters if rank else stored * n

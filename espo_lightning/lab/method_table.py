@@ -33,7 +33,7 @@ One page for every preset in [`experiments/methods`](../experiments/methods), ge
 `python -m espo_lightning.lab.method_table experiments/methods > docs/methods.md`; a test compares. A method is a mask
 law (which states of a completion are scored), an advantage, and an objective; everything else is shared. Their losses
 and gradients equal the official code's to 1e-12 (`tests/test_methods.py`, `tests/test_trace_methods.py`), up to the
-constant factors and the departures that each preset names; RSPO and TraFL have no official code, but a formula.
+constant factors and the departures that each preset names; EBPO, RSPO and TraFL have no official code, but a formula.
 
 {table}
 
@@ -47,7 +47,8 @@ in the section of each method. The causal controls, GRPO and GSPO with exact lik
 
 Forward passes per completion and rollout on the default canvas of 16 tokens, decoded in 16 steps, from the cost model,
 which `tests/test_cost.py` holds against counted passes. An update runs its forwards with gradient; a backward pass
-costs about two more.
+costs about two more. EBPO's are of a block where it decodes, and of the noisy copy of the canvas where it scores; its
+passes over clean tokens, one a block and one a scoring, are not among them.
 
 {forwards}
 
@@ -75,8 +76,9 @@ def differs(field: Any, value: Any) -> bool:
 def decoding_of(decoding: Any) -> str:
     """What a preset changes of the default decoding."""
     plain = Decoding()
-    changed = [f.name for f in fields(decoding) if getattr(decoding, f.name) != getattr(plain, f.name, None)]
-    return ", ".join(f"{name} {name_of(getattr(decoding, name))}" for name in changed) or "default"
+    changed = [f.name for f in fields(plain) if getattr(decoding, f.name) != getattr(plain, f.name)]
+    kind = [] if type(decoding) is Decoding else [type(decoding).__name__]
+    return ", ".join([*kind, *(f"{name} {name_of(getattr(decoding, name))}" for name in changed)]) or "default"
 
 
 def score_and_kl(objective: Objective) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from espo_lightning.tasks import (
     MATH,
     MBPP,
     AceCode,
+    Chain,
     Countdown,
     HumanEval,
     Problem,
@@ -139,6 +140,10 @@ def entries(folder: Path) -> Iterator[Entry]:
     latex = answer.replace("*", " \\times ").replace("/", " \\div ")
     latex = f"<answer>\n\\boxed{{{latex}}}\n</answer>"
     yield Entry(Countdown(prompt="instruct"), "Countdown --data.task.prompt=instruct", latex, "<answer>1+1</answer>")
+    chain = Chain(steps=8, reward="step")
+    right = chain.problem("train", 0, 0).answer
+    slip = right[:-1] + str((int(right[-1]) + 1) % 10)
+    yield Entry(chain, "Chain --data.task.steps=8 --data.task.reward=step", right, slip)
     yield Entry(stored(GSM8K), "GSM8K", "12 - 2 = 10. The answer is \\boxed{10}.", "The answer is 12.")
     yield Entry(stored(MATH), "MATH", "\\boxed{5/6}", "\\boxed{0.83}")
     code = {"allow_unsafe": True, "timeout": 15.0}  # the programs are those below

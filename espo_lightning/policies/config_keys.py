@@ -27,7 +27,7 @@ HARMLESS = {  # why -> keys that change no number here
     ),
     "the same numbers, computed otherwise": (
         "chunk_size_feed_forward", "debug", "ep_size", "fuse_cross_entropy", "micro_forward", "pretraining_tp",
-        "skip_checkpoint",
+        "skip_checkpoint", "use_deepep",
     ),
     "of classifiers and encoders": ("id2label", "label2id", "num_labels", "problem_type", "is_decoder"),
     "of generate of transformers; decoding is set here": (

@@ -256,7 +256,7 @@ class Policy(nn.Module):
             ids: int64 [N, T].
             attention: bool [N, T], True = attend to this key; None = to all. bool [N, T, T], row i = whom position i
                 attends to, which a block-causal policy always needs; see `Prompts.seen_by`. With a prefix, the rows
-                of what it knows may be left out.
+                of what it knows may be left out, and None is for a pass whose positions see it all and each other.
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
                 first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
@@ -273,7 +273,7 @@ class Policy(nn.Module):
                 to whom.
         """
         self.check_tokens(ids.shape[1] if positions is None else int(positions.max()) + 1)
-        if self.layout.block is not None and (attention is None or attention.ndim == 2):
+        if self.layout.block is not None and (prefix is None if attention is None else attention.ndim == 2):
             raise ValueError(f"this policy has {self.layout}: pass attention=prompts.seen_by(policy, length)")
         network = {"use_cache": prefix is not None}
         if positions is not None:
@@ -288,12 +288,14 @@ class Policy(nn.Module):
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
         rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
-        with nullcontext() if prefix is None else prefix.filled(self):
+        with nullcontext() if prefix is None else prefix.filled(self, self.training and self._recomputes):
             hidden = self.states(ids, attention, rows, **network)
         return apply_head(self.head, hidden, reduce, columns)
 
-    def prefix(self, start: int | None = None) -> "Prefix":
+    def prefix(self, start: int | None = None, room: int | None = None) -> "Prefix":
         """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
+
+        room: positions of the longest pass, if none is differentiated; see `Prefix`.
 
         Raises:
             ValueError: a model of another family, whose own code may ignore it.
@@ -303,7 +305,7 @@ class Policy(nn.Module):
                 "prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code or whole_last_layer: drop it"
             )
         # the hidden state before ``start`` is needed anew where it predicts
-        return Prefix(None if start is None else start - self.shift)
+        return Prefix(None if start is None else start - self.shift, room)
 
     def compile_network(self, backend: str) -> None:
         """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.

@@ -12,10 +12,10 @@ LAYERS = {"LlamaDecoderLayer": "llama", "Qwen2DecoderLayer": "qwen2", "Qwen3Deco
 HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
 
 
-def _empty() -> Any:
-    from transformers import DynamicCache
+def _empty(room: int | None) -> Any:
+    from espo_lightning.policies.room import empty
 
-    return DynamicCache()
+    return empty(room)
 
 
 class Prefix:
@@ -26,43 +26,54 @@ class Prefix:
 
     Args:
         width: keep those of the first ``width`` positions, from the first pass; None = of all, from every pass.
+        room: hold so many positions at most, written in place, for passes without a gradient; None = any number,
+            copied with every pass.
     """
 
-    def __init__(self, width: int | None):
-        self.width, self.cache = width, _empty()
+    def __init__(self, width: int | None, room: int | None = None):
+        self.width, self.room, self.cache = width, room, _empty(room)
 
     def __len__(self) -> int:
         """Positions that are known."""
         return self.cache.get_seq_length()
 
     @contextmanager
-    def filled(self, network: nn.Module) -> Iterator[None]:
+    def filled(self, network: nn.Module, recomputes: bool) -> Iterator[None]:
         """A pass of ``network`` that writes into the cache, which then forgets all but the prefix.
 
-        In train mode, a checkpointed layer would ignore the cache.
+        recomputes: its layers are recomputed in a backward pass, and would ignore the cache unless in eval mode.
         """
-        if training := network.training:
+        if recomputes:
             network.eval()
         try:
             yield
         finally:
-            if training:
+            if recomputes:
                 network.train()
         if self.width is None or self.width == len(self):
             return
         if self.width:
             self.cache.crop(self.width - len(self))
         else:  # a cache without positions would still insist on its rows
-            self.cache = _empty()
+            self.cache = _empty(self.room)
 
     def of(self, rows: Tensor, stop: int | None = None) -> "Prefix":
-        """Some rows, an index that may repeat them, and positions before ``stop``, as a store of its own.
+        """Some rows, int64 indices that may repeat, and positions before ``stop``, as a store of its own.
 
-        Gradients flow through it.
+        Without ``room``, gradients flow through it.
         """
-        known = Prefix(self.width)
-        for number, layer in enumerate(self.cache.layers):
-            known.cache.update(layer.keys[:, :, :stop][rows], layer.values[:, :, :stop][rows], number)
+        from espo_lightning.policies.room import filled
+
+        known, count = Prefix(self.width, self.room), len(self.cache.layers[0].keys)
+        times, rest = divmod(len(rows), count)
+        # all rows some times over, whose gradient is a plain sum, and that of an index a scattered one
+        plain = rest == 0 and torch.equal(rows, torch.arange(count, device=rows.device).repeat(times))
+
+        def some(x: Tensor) -> Tensor:
+            x = x[:, :, :stop]
+            return x.repeat(times, 1, 1, 1) if plain else x.index_select(0, rows)
+
+        known.cache = filled([(some(layer.keys), some(layer.values)) for layer in self.cache.layers], self.room)
         return known
 
     def keep(self, rows: Tensor) -> None:

@@ -32,8 +32,8 @@ class FrozenReference(nn.Module):
     def resumes(self) -> bool:
         return self.policy.selective  # nothing is differentiated
 
-    def prefix(self, start: int | None = None) -> Prefix:
-        return self.policy.prefix(start)
+    def prefix(self, start: int | None = None, room: int | None = None) -> Prefix:
+        return self.policy.prefix(start, room)
 
     def train(self, mode: bool = True) -> "FrozenReference":
         """Stays in eval mode, whatever its parent does."""

@@ -1,6 +1,7 @@
 """Tasks: prompts and verifiers, without torch."""
 
 from espo_lightning.tasks.base import Problem, Task, Verdict
+from espo_lightning.tasks.chain import Chain
 from espo_lightning.tasks.code import MBPP, AceCode, HumanEval
 from espo_lightning.tasks.countdown import Countdown
 from espo_lightning.tasks.gym import ReasoningGym
@@ -15,6 +16,7 @@ __all__ = [
     "MATH",
     "MBPP",
     "AceCode",
+    "Chain",
     "Countdown",
     "HumanEval",
     "Problem",

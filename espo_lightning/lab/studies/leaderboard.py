@@ -51,6 +51,11 @@ class Contest:
 CONTESTS = {"Sudoku": Contest(SUDOKU, Sudoku(), 16), "Countdown": Contest(COUNTDOWN, SMALL_COUNTDOWN, 12)}
 
 
+def belongs(method: Method) -> bool:
+    """Whether a method is one for masked diffusion policies that attend to the whole canvas, as a contest's do."""
+    return type(method.decoding) is Decoding
+
+
 def on_equal_terms(settings: dict[str, Any], contest: str) -> Method:
     """A method with the decoder of a contest.
 
@@ -65,10 +70,10 @@ def on_equal_terms(settings: dict[str, Any], contest: str) -> Method:
         ValueError: the method is not one for masked diffusion policies.
     """
     method = make_method(settings)
-    if not isinstance(method.decoding, Decoding):
+    if not belongs(method):
         raise ValueError(
-            f"the leaderboard's policies are masked diffusion models: decoding must be Decoding, "
-            f"got {type(method.decoding).__name__}"
+            f"the leaderboard's policies are masked diffusion models that attend to the whole canvas: decoding must be "
+            f"Decoding, got {type(method.decoding).__name__}"
         )
     order = method.decoding.order if method.likelihood.traced else low_confidence
     warm = {"temperature": 1.0} if "temperature" in {field.name for field in fields(method.likelihood)} else {}
