@@ -235,11 +235,14 @@ def test_the_numbers_of_the_prose_are_those_of_the_result():
     """Every decimal number of the notebook's conclusions is a rounded number of the stored result."""
     cells = json.loads((ROOT / "notebooks" / "09_leaderboard.ipynb").read_text())["cells"]
     prose = next(text for cell in cells if (text := "".join(cell["source"])).startswith("## What it means"))
-    known = set(RESULT["summary"]["chance"].values()) | set(RESULT["summary"]["rank_correlation"]["rollouts"].values())
+    correlations = RESULT["summary"]["rank_correlation"]
+    known = {*RESULT["summary"]["chance"].values(), *correlations["rollouts"].values(), *correlations["tasks"]}
     for contest, board in boards(RESULT).items():
         known.add(RESULT["summary"]["base"][contest]["exact"])
         for entry in board.values():
             known |= summary_of([ends(entry, key) for key in ("exact", "own", "kl") if key in entry["runs"][0]])
+            against = difference(entry, board["ESPO"])
+            known |= {against["mean"], *against["interval"]}
             scores = {pilot["lr"]: pilot["score"] for pilot in entry["pilots"]}
             known.add(scores[3e-4] - scores[1e-4])
         later = RESULT["summary"]["look_back"][contest]["exact"]
