@@ -111,5 +111,6 @@ def test_its_recipes_make_a_policy_and_train_it(tmp_path, monkeypatch):
     sft.main([*base, *small])
     canvas = ["--model.decoding.length=16", "--model.decoding.steps=16", "--data.eval_problems=2"]
     rl = ["--config", str(EXPERIMENTS / "chain_tiny.yaml"), "--run_dir=run", "--model.group_size=2"]
+    rl += ["--model.policy.path=runs/chain_base/policy"]
     fit.main([*rl, *canvas, *small])
     assert (tmp_path / "run" / "summary.json").exists()
