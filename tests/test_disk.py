@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny, whole, tmp_path, 
     [
         (["--trainer.devices=3"], "data.batch_size 2 is not a multiple of the 3 processes"),
         (["--trainer.precision=bf16-true"], "trainer.precision must be 32-true or bf16-mixed, got bf16-true"),
-        (["--timeout=0"], "timeout must be positive"),
+        (["--timeout=0"], "timeout must lie in (0, 1e9], got 0.0"),
         (["--keep_checkpoints=0"], "keep_checkpoints must be at least 1"),
         (["--trainer.strategy=fdsp"], "fdsp"),
     ],
