@@ -17,8 +17,9 @@ COLUMNS += ("KL to the base", "rollouts", "FLOPs", "learning rate", "processor s
 
 PAGE = """# Leaderboard: methods at equal compute
 
-Every preset of [`experiments/methods`](../experiments/methods) trains the bundled policies ({tasks}) with
-the same FLOPs, prompts, tuning budget and, where the method allows it, decoder. "ESPO, M = 2" is the ESPO preset with
+Every preset of [`experiments/methods`](../experiments/methods) but EBPO, which needs blocks, trains the bundled
+policies ({tasks}) with the same FLOPs, prompts, tuning budget and, where the method allows it, decoder.
+"ESPO, M = 2" is the ESPO preset with
 the paper's two draws, two coupled pairs of masks instead of one. The numbers are those of
 [notebook 09](../notebooks/09_leaderboard.ipynb), which says what was expected, shows curves, and says what they mean.
 `python -m espo_lightning.leaderboard` writes this page from its `result.json`; a test compares.
@@ -47,7 +48,8 @@ one thread: compare processor seconds, roughly. Cells are medians where they do 
 
 **What the ranking does not show.** Policies of less than a million parameters, canvases of 16 tokens or less, a right
 answer that the base knows, a few small rollouts: nothing follows for 8B models, 256 tokens, or long training. Nor are
-the methods' other settings (clips, KL weights, updates per rollout) tuned here; they are those of their presets.
+the methods' other settings (clips, KL weights, updates per rollout) tuned here; they are those of their presets. The
+contest is not neutral: ESPO's are the library's defaults, chosen on this Sudoku policy, the others' those of papers.
 
 {boards}
 """
