@@ -6,6 +6,7 @@ import signal
 from lightning.pytorch import Callback
 
 from espo_lightning import fit
+from espo_lightning.training.signals import Signals
 
 
 class SignalAt(Callback):
@@ -44,6 +45,12 @@ class SignalAt(Callback):
 
 
 def life(begun, arguments: list[str]) -> None:
-    """A training program in a process of its own, which tells when it has begun."""
-    begun.set()
+    """A training program in a process of its own, which tells when it listens to signals."""
+    take = Signals.take
+
+    def listening(signals: Signals) -> None:
+        take(signals)
+        begun.set()
+
+    Signals.take = listening
     fit.main(arguments)

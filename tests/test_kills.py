@@ -74,7 +74,8 @@ def test_signals_at_random_moments(whole, number, times, code, tmp_path, monkeyp
                 os.kill(process.pid, number)
                 sent += 1
         process.join(120)
-        assert process.exitcode in (0, code, -number)  # the last before the program listens; shells call it 128 + n
+        over = (run_dir / "summary.json").exists()  # and Python on its way out, where the system's own handler is back
+        assert process.exitcode in ((0, code, -number) if over else (0, code))
         newest = loadable(run_dir)
         if process.exitcode == 0:
             assert_equal_runs(run_dir, expected)
