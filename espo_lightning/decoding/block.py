@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Trace
-from espo_lightning.decoding.masked import Decoding, _note, _proposer, end, step_noise
+from espo_lightning.decoding.masked import Decoding, _note, _proposer, end
 from espo_lightning.decoding.schedules import Step, commit
+from espo_lightning.keys import fold_in, uniforms
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class BlockDecoding(Decoding):
 class _View(NamedTuple):
     """What all passes over a block of some rows have in common; see `Policy.forward`.
 
-    rows: int64 [n]. stop: places that a pass looks at, T. sees: bool [n, T or a block, T]; None = a
-    block sees them all. positions: int64 [n, T]. known: keys and values of these rows, None = nothing is cached.
+    rows: int64 [n]. stop: places that a pass looks at, T. sees: bool [n or 1, T or a block, T]; None = a
+    block sees them all. positions: int64 [n or 1, T]. known: keys and values of these rows, None = nothing is cached.
     """
 
     rows: Tensor
@@ -122,18 +123,18 @@ class _Canvas:
             return
         self.known.width = None
         everything, nothing = self.ids[:, :stop], torch.zeros_like(self.owned[:, :stop])
-        sees = self.slots.sees(slice(start, stop), slice(0, stop))
-        positions = self.slots.positions[:, :stop]
+        sees = self.slots.distinct.sees(slice(start, stop), slice(0, stop))
+        positions = self.slots.distinct.positions[:, :stop]
         self.policy(everything, sees, nothing, lambda logits: logits[:, 0], prefix=self.known, positions=positions)
 
     def look(self, rows: Tensor, places: slice) -> _View:
         """At the block at ``places``, in some rows."""
         stop, everyone = places.stop, len(rows) == len(self.ids)
         slots = self.slots if everyone else self.slots.of(rows)
-        positions = slots.positions[:, :stop]
         if self.known is None:
-            return _View(rows, stop, slots.sees(slice(0, stop), slice(0, stop)), positions, None)
-        sees = slots.sees(places, slice(0, stop))
+            return _View(rows, stop, slots.sees(slice(0, stop), slice(0, stop)), slots.positions[:, :stop], None)
+        slots = slots.distinct
+        sees, positions = slots.sees(places, slice(0, stop)), slots.positions[:, :stop]
         known = self.known if everyone else self.known.of(rows)
         known.width = places.start
         return _View(rows, stop, None if sees.all() else sees, positions, known)
@@ -153,6 +154,11 @@ class _Canvas:
         where = self.slots.where[rows]
         completion = end(self.ids[rows].gather(1, where), self.policy)
         self.ids[rows] = self.ids[rows].scatter(1, where, completion)
+
+
+def _noise(keys: Tensor, numbers: Tensor, positions: Tensor, length: int) -> Tensor:
+    """The `step_noise` of all steps of a block at once: keys [B], steps [S], positions [B, b] -> [S, 2, B, b]."""
+    return uniforms(fold_in(keys, numbers.view(-1, 1, 1)), torch.stack([positions, positions + length]))
 
 
 @torch.no_grad()
@@ -183,7 +189,10 @@ def decode_blocks(
             break
         canvas.finish(places.start)
         rows, taken = everyone, block * busy
-        for number, step in enumerate(plan, block * len(plan)):
+        positions = torch.arange(places.start, places.stop, device=keys.device) - slots.where[:, :1]
+        numbers = torch.arange(block * len(plan), (block + 1) * len(plan), device=keys.device)
+        noise = _noise(keys, numbers, positions.clamp(0, length - 1), length)
+        for number, step in enumerate(plan):
             if step == Step(0):
                 continue
             hidden = canvas.hidden(rows, places)  # [n, b]
@@ -194,8 +203,7 @@ def decode_blocks(
                 if len(needed) < len(rows):
                     rows = rows[needed if len(needed) else everyone[:1]]
                     hidden = canvas.hidden(rows, places)
-            position = torch.arange(places.start, places.stop, device=keys.device) - slots.where[rows, :1]
-            u_token, u_order = step_noise(keys[rows], number, position.clamp(0, length - 1), length)[:, hidden]
+            u_token, u_order = noise[number][:, rows][:, hidden]
             tokens, priority, *noted = canvas.run(rows, places, hidden, propose, u_token, u_order)
             chosen, old = commit(hidden, priority, step), canvas.ids[rows, places]
             canvas.ids[rows, places] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)

@@ -29,6 +29,7 @@ class Passes:
 
     calls: of the network. rows: sequences in all of them. width: tokens of a sequence, P + L. positions: where a token
     is predicted, in all of them. pairs: of a token and one that it attends to, masked or not; None = all of a sequence.
+    unread: what of tokens and of pairs is in passes that predict nothing, and end at the last layer's keys and values.
     Averages need not be whole numbers; neither need rows, where a pass takes parts of sequences.
     """
 
@@ -37,6 +38,7 @@ class Passes:
     width: int
     positions: float
     pairs: float | None = None
+    unread: tuple[float, float] = (0, 0)
 
     @property
     def attended(self) -> float:
@@ -46,11 +48,11 @@ class Passes:
     def __add__(self, other: "Passes") -> "Passes":
         pairs = None if self.pairs is other.pairs is None else self.attended + other.attended
         sums = (self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
-        return Passes(*sums, pairs)
+        return Passes(*sums, pairs, (self.unread[0] + other.unread[0], self.unread[1] + other.unread[1]))
 
     def __mul__(self, n: float) -> "Passes":
         pairs = None if self.pairs is None else self.pairs * n
-        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n, pairs)
+        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n, pairs, (self.unread[0] * n, self.unread[1] * n))
 
 
 def hidden_in_steps(decoding: Decoding) -> list[float]:
@@ -175,13 +177,17 @@ def low_rank(linears: list[tuple[int, int]], rank: int) -> int:
 
 def forward(network: Network, passes: Passes, rank: int = 0) -> Parts:
     """FLOPs of forward passes, with adapters of a rank or without (0)."""
-    tokens = passes.rows * passes.width
+    tokens, (unread, unread_pairs) = passes.rows * passes.width, passes.unread
     in_mlp = (network.layers - 1) * tokens + passes.positions  # the last MLP runs where a token is predicted
-    in_attention = network.layers * tokens
+    in_attention, query_and_output = network.layers * tokens, [network.attention[0], network.attention[3]]
     return Parts(
-        linear=in_attention * dense(network.attention) + in_mlp * dense(network.mlp),
-        adapters=in_attention * low_rank(network.attention, rank) + in_mlp * low_rank(network.mlp, rank),
-        scores=network.layers * 4 * passes.attended * network.heads * network.head_dim,
+        linear=in_attention * dense(network.attention)
+        - unread * dense(query_and_output)
+        + in_mlp * dense(network.mlp),
+        adapters=in_attention * low_rank(network.attention, rank)
+        - unread * low_rank(query_and_output, rank)
+        + in_mlp * low_rank(network.mlp, rank),
+        scores=4 * (network.layers * passes.attended - unread_pairs) * network.heads * network.head_dim,
         head=passes.positions * 2 * network.hidden_size * network.vocab_size,
     )
 

@@ -13,7 +13,8 @@ from espo_lightning.scoring.masks import Masks
 
 def pass_of(rows: float, tokens: int, keys: int, width: int, positions: float = 0) -> Passes:
     """One pass of some rows that computes ``tokens`` of each, which may attend to ``keys``."""
-    return Passes(1, rows * tokens / width, width, positions, rows * tokens * keys)
+    pairs = rows * tokens * keys
+    return Passes(1, rows * tokens / width, width, positions, pairs, (0, 0) if positions else (rows * tokens, pairs))
 
 
 def block_decoding_passes(decoding: BlockDecoding, completions: int, width: int) -> Passes:
@@ -54,7 +55,8 @@ def block_scoring_passes(
     if not resumes:
         rows, tokens = rows_of(slice(None)), known + length
         return Passes(calls, rows * tokens / width, width, int(scored.sum()), rows * tokens * tokens)
-    passes = Passes(calls, batch * known / width, width, 0, batch * known * known)
+    clean = (batch * known, batch * known * known)
+    passes = Passes(calls, batch * known / width, width, 0, clean[1], clean)
     for part in parts_of(length, block):
         rows, tokens = rows_of(part), part.stop - part.start
         keys, positions = width - length + part.stop - block + tokens, int(scored[..., part].sum())

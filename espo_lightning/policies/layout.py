@@ -94,7 +94,8 @@ class Layout:
         keys = torch.ones_like(columns_of, dtype=torch.bool) if prompts.mask is None else prompts.mask
         keys = torch.cat([keys & (columns_of < (width - tail).unsqueeze(1)), cut[:, width:] < width + length], 1)
         where = width + tail.unsqueeze(1) + torch.arange(length, device=tail.device)
-        return Slots(cut.clamp(max=width + length), self._numbers(prompts, cut), keys, where, width, size)
+        cut_as = (cut.clamp(max=width + length), self._numbers(prompts, cut), keys, where)
+        return Slots(*cut_as, width, size, alike=prompts.mask is None)
 
     def tails(self, prompts) -> Tensor:
         """How many of the prompt's last tokens lie in the block of the first position of the canvas: int64 [B]."""
@@ -121,7 +122,7 @@ class Slots(NamedTuple):
 
     columns: int64 [B, T], the column of prompt and canvas that each shows, P + L if empty. groups: int64 [B, T], their
     blocks. keys: bool [B, T], what may be looked at. where: int64 [B, L], the place of every position of the canvas.
-    width: P. block: b.
+    width: P. block: b. alike: all rows are the same, as prompts without padding are.
     """
 
     columns: Tensor
@@ -130,6 +131,7 @@ class Slots(NamedTuple):
     where: Tensor
     width: int
     block: int
+    alike: bool = False
 
     @property
     def count(self) -> int:
@@ -141,10 +143,15 @@ class Slots(NamedTuple):
         """Where each stands in prompt and canvas: int64 [B, T]. Empty ones stand on the last, not beyond the room."""
         return self.columns.clamp(max=self.width + self.where.shape[1] - 1)
 
-    def of(self, rows: Tensor) -> "Slots":
+    def of(self, rows: Tensor | slice) -> "Slots":
         """The same of some rows."""
         tensors = (x[rows] for x in (self.columns, self.groups, self.keys, self.where))
-        return Slots(*tensors, self.width, self.block)
+        return Slots(*tensors, self.width, self.block, self.alike)
+
+    @property
+    def distinct(self) -> "Slots":
+        """One row, if all are alike; what is computed of it holds for every row. Otherwise these slots."""
+        return self.of(slice(1)) if self.alike else self
 
     def show(self, ids: Tensor, empty: int) -> Tensor:
         """Token ids [B, P + L] in their slots: [B, T]. empty: what empty ones show."""

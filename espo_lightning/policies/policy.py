@@ -136,10 +136,7 @@ class Policy(nn.Module):
     @property
     def _recomputes(self) -> bool:
         """Whether layers are recomputed in the backward pass."""
-        lm = self.language_model
-        if hasattr(type(lm), "is_activation_checkpointing"):
-            return lm.is_activation_checkpointing
-        return getattr(lm, "is_gradient_checkpointing", False)  # its name in older transformers
+        return getattr(self.network, "gradient_checkpointing", False)  # transformers' own word for it
 
     @property
     def language_model(self) -> nn.Module:
@@ -254,7 +251,7 @@ class Policy(nn.Module):
 
         Args:
             ids: int64 [N, T].
-            attention: bool [N, T], True = attend to this key; None = to all. bool [N, T, T], row i = whom position i
+            attention: bool [N, T], True = attend to this key; None = to all. bool [N or 1, T, T], row i = whom position i
                 attends to, which a block-causal policy always needs; see `Prompts.seen_by`. With a prefix, the rows
                 of what it knows may be left out, and None is for a pass whose positions see it all and each other.
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
@@ -263,7 +260,7 @@ class Policy(nn.Module):
                 chunks, so that the logits of all positions never exist at once.
             columns: tensors [n], one entry per selected position in row-major order.
             prefix: what `Policy.prefix` made: what it knows of ``ids`` is not computed again.
-            positions: int64 [N, T], the places of the tokens; None = 0, 1, .. T - 1.
+            positions: int64 [N or 1, T], the places of the tokens; None = 0, 1, .. T - 1.
 
         Returns:
             What ``reduce`` returns, for all n positions.

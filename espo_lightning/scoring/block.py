@@ -138,8 +138,9 @@ class _Copies(NamedTuple):
         """
         policy, slots, owner, known = self.policy, self.slots, self.owner, self.clean.shape[1]
         prefix, nothing = policy.prefix(), torch.zeros_like(self.clean, dtype=torch.bool)
-        sees = slots.sees(slice(0, known), slice(0, known))
-        positions, read, places = slots.positions, self.read(), slots.where[owner] - slots.width
+        cut = slots.distinct
+        sees = cut.sees(slice(0, known), slice(0, known))
+        positions, read, places = cut.positions, self.read(), slots.where[owner] - slots.width
         policy(self.clean, sees, nothing, lambda x: x[:, 0], prefix=prefix, positions=positions[:, :known])
         total = 0.0
         for part in parts_of(self.noisy.shape[1], slots.block):
@@ -149,14 +150,15 @@ class _Copies(NamedTuple):
             rows[0] = True  # every process makes the same calls
             rows = rows.nonzero().squeeze(-1)
             mine = owner[rows]
+            told = slice(None) if slots.alike else mine
             values = policy(
                 torch.cat([self.clean[mine, :stop], self.noisy[rows, part]], 1),
-                slots.noisy_sees(stop, part)[mine],
+                cut.noisy_sees(stop, part)[told],
                 F.pad(read[rows, part], (stop, 0)),
                 token_log_probs,
                 self.completion[mine][inside[rows]],
                 prefix=prefix.of(mine, stop),
-                positions=torch.cat([positions[:, :stop], positions[:, slots.width :][:, part]], 1)[mine],
+                positions=torch.cat([positions[:, :stop], positions[:, slots.width :][:, part]], 1)[told],
             )
             filled = values.new_zeros(len(rows), inside.shape[1]).masked_scatter(inside[rows], values)
             total = values.new_zeros(inside.shape).index_add(0, rows, filled) + total
