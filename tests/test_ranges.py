@@ -168,7 +168,7 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     Sandwich: (Sandwich, {"beta": POSITIVE, "mix": SHARE}),
     DeepSpeed: (DeepSpeed, {"stage": Whole(1, 2), "bucket_size": ONE}),
     tasks.Sudoku: (tasks.Sudoku, {"empty": Whole(1, 12), "right": SHARE}),
-    tasks.Chain: (tasks.Chain, {"steps": Whole(8), "right": SHARE}),
+    tasks.Chain: (tasks.Chain, {"steps": Whole(4), "every": Whole(4), "right": SHARE}),
     tasks.Countdown: (
         tasks.Countdown,
         {"largest": Whole(2), "largest_target": Whole(4), "format_reward": SHARE, "right": SHARE},

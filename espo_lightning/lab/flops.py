@@ -52,7 +52,14 @@ class Passes:
 
     def __mul__(self, n: float) -> "Passes":
         pairs = None if self.pairs is None else self.pairs * n
-        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n, pairs, (self.unread[0] * n, self.unread[1] * n))
+        return Passes(
+            self.calls * n,
+            self.rows * n,
+            self.width,
+            self.positions * n,
+            pairs,
+            (self.unread[0] * n, self.unread[1] * n),
+        )
 
 
 def hidden_in_steps(decoding: Decoding) -> list[float]:
@@ -181,9 +188,7 @@ def forward(network: Network, passes: Passes, rank: int = 0) -> Parts:
     in_mlp = (network.layers - 1) * tokens + passes.positions  # the last MLP runs where a token is predicted
     in_attention, query_and_output = network.layers * tokens, [network.attention[0], network.attention[3]]
     return Parts(
-        linear=in_attention * dense(network.attention)
-        - unread * dense(query_and_output)
-        + in_mlp * dense(network.mlp),
+        linear=in_attention * dense(network.attention) - unread * dense(query_and_output) + in_mlp * dense(network.mlp),
         adapters=in_attention * low_rank(network.attention, rank)
         - unread * low_rank(query_and_output, rank)
         + in_mlp * low_rank(network.mlp, rank),

@@ -251,8 +251,8 @@ class Policy(nn.Module):
 
         Args:
             ids: int64 [N, T].
-            attention: bool [N, T], True = attend to this key; None = to all. bool [N or 1, T, T], row i = whom position i
-                attends to, which a block-causal policy always needs; see `Prompts.seen_by`. With a prefix, the rows
+            attention: bool [N, T], True = attend to this key; None = to all. bool [N or 1, T, T], row i = whom position
+                i attends to, which a block-causal policy always needs; see `Prompts.seen_by`. With a prefix, the rows
                 of what it knows may be left out, and None is for a pass whose positions see it all and each other.
             select: bool [N, T], n True entries: the *predicted* positions (the shift is undone here), so never the
                 first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.

@@ -15,6 +15,12 @@ from espo_lightning.tasks.base import Problem, Task, Verdict, rng
 KEYS = {"+": lambda x: (x + 1) % 10, "-": lambda x: (x - 1) % 10, "*": lambda x: 2 * x % 10}
 
 
+def pairs(split: str) -> list[tuple[int, int]]:
+    """The (start, target) of a split: "test" has every fourth one of each target, and "train" the others."""
+    every = [(start, target) for start in range(10) for target in range(10)]
+    return [(start, target) for start, target in every if ((start + 3 * target) % 4 == 0) == (split == "test")]
+
+
 def verify(start: int, target: int, steps: int, every: int, reward: str, text: str) -> Verdict:
     """Score a chain such as "+8*6": so many keys, each with the digit that follows, white space between or not.
 
@@ -71,7 +77,7 @@ class Chain(Task):
         right: share of right demonstrations for supervised training. The others add 1 in every step, and write the
             target where it is due, right or not.
 
-    There are 100 pairs of digits. 25 of them are the test split, in which all digits start and are targets.
+    Of the 100 pairs of digits 26 are the test split, in which each digit starts and is a target two or three times.
     """
 
     steps: int = 64
@@ -90,12 +96,7 @@ class Chain(Task):
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
         draw = rng("chain", split, seed, index, self.steps)
-        start, target = draw.choice(PAIRS[split])
+        start, target = draw.choice(pairs(split))
         asked = (start, target, self.steps, self.every)
         answer = draw_chain(*asked, draw) if draw.random() < self.right else bent_chain(*asked)
         return Problem(f"{start}>{target}", partial(verify, *asked, self.reward), answer)
-
-
-PAIRS: dict[str, list[tuple[int, int]]] = {"train": [], "test": []}
-for _pair in ((start, target) for start in range(10) for target in range(10)):
-    PAIRS["train" if (_pair[0] + 3 * _pair[1]) % 4 else "test"].append(_pair)
