@@ -3,15 +3,15 @@
     OMP_NUM_THREADS=1 python benchmarks/blocks.py        # about ten CPU minutes; --quick for the smallest canvas only
     python benchmarks/blocks.py --table                  # what benchmarks/results/blocks.json says, as Markdown
 
-The same random network under three settings: full attention (`Decoding`), block-causal with its cache and, on the
-shortest canvas, without (`BlockDecoding`); and one scoring pass with M draws, of `ELBO` and `BlockELBO`, with its
+The same random network under three settings: full attention (`Decoding`), block-causal with its cache and without
+(`BlockDecoding`); and one scoring pass with M draws, of `ELBO` and `BlockELBO`, with its
 gradient. User CPU seconds on one thread; what is compared runs in turns, and ratios are of medians, with the smallest
 and largest ratio of a turn. See benchmarks/README.md.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +26,17 @@ from espo_lightning.scoring.likelihood import Likelihood, Seen
 
 SIZE = {"hidden_size": 96, "layers": 4, "heads": 4, "intermediate_size": 256}
 PROMPT, LENGTHS, BLOCKS, DRAWS = 64, (64, 256, 1024), (4, 16, 32), (1, 2, 4)
+UNCACHED = {64: BLOCKS, 256: BLOCKS, 1024: (16, 32)}  # by canvas, the blocks that are measured without a cache, too
 RESULTS = Path(__file__).parent / "results" / "blocks.json"
 
 
-def in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """User CPU seconds of each, one after the other in every round."""
+def in_turns(jobs: dict[str, Callable[[], object]], repeats: int, once: Iterable[str] = ()) -> dict[str, list[float]]:
+    """User CPU seconds of each, one after the other in every round; of some in the first round only."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
+    for number in range(repeats):
         for name, job in jobs.items():
+            if number and name in once:
+                continue
             start = user_seconds()
             job()
             seconds[name].append(user_seconds() - start)
@@ -41,8 +44,9 @@ def in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, l
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    """Of the medians, and the range over the rounds."""
+    """Of the medians, and the range over the rounds that both were in."""
     each = [a / b for a, b in zip(above, below)]
+    above = above[: len(below)]
     return {"median": summary(above)["median"] / summary(below)["median"], "min": min(each), "max": max(each)}
 
 
@@ -59,20 +63,24 @@ def some_prompts(rows: int) -> Prompts:
     return Prompts(ids, None)
 
 
-def rollouts(length: int, rows: int, repeats: int, uncached: bool) -> dict:
-    """Tokens per second, one token a step, and how many times those of full attention."""
+def rollouts(length: int, rows: int, repeats: int, uncached: tuple[int, ...]) -> dict:
+    """Tokens per second, one token a step, and how many times those of full attention.
+
+    uncached: the blocks that are measured without a cache, too; on longer canvases than the shortest, once.
+    """
     prompts, keys, full = some_prompts(rows), fold_in(0, torch.arange(rows)), policies(32)[0]
     jobs: dict[str, Callable[[], object]] = {
         "full": lambda: Decoding(length, 32, length).generate(full, prompts, keys),
     }
     for block in BLOCKS:
         blocks = policies(block)[1]
-        for name, cache in [("cached", True), ("not cached", False)][: 1 + uncached]:
+        for name, cache in [("cached", True), ("not cached", False)][: 1 + (block in uncached)]:
             decoding = BlockDecoding(length, block, length, cache=cache)
             jobs[f"b {block}, {name}"] = partial(decoding.generate, blocks, prompts, keys)
-        if uncached:
+        if uncached and length == LENGTHS[0]:
             assert torch.equal(jobs[f"b {block}, cached"](), jobs[f"b {block}, not cached"]())
-    seconds = in_turns(jobs, repeats)
+    once = [name for name in jobs if "not cached" in name and length > LENGTHS[0]]
+    seconds = in_turns(jobs, repeats, once)
     shape = (SIZE["hidden_size"], SIZE["layers"], SIZE["heads"], SIZE["heads"], 24, SIZE["intermediate_size"], 64)
     return {
         "rows": rows,
@@ -114,9 +122,9 @@ def table(result: dict) -> str:
     for name, measured in result["rollouts"].items():
         for kind in ("cached", "not cached"):
             cells = [measured["times full attention"].get(f"b {block}, {kind}") for block in BLOCKS]
-            if None not in cells:
+            if any(cells):
                 rows = f"{measured['rows']} row{'s' * (measured['rows'] > 1)}"
-                lines.append(f"| {name}, {rows}, {kind} | {' | '.join(map(cell, cells))} |")
+                lines.append(f"| {name}, {rows}, {kind} | {' | '.join(cell(c) if c else '' for c in cells)} |")
     lines += ["", "| scoring and its gradient, of full attention | M 1 | M 2 | M 4 |", "|---|---|---|---|"]
     for name, measured in result["scoring"].items():
         lines.append(f"| {name} | {' | '.join(map(cell, measured['of full attention'].values()))} |")
@@ -162,11 +170,11 @@ def main() -> None:
             options.output.write_text(json.dumps(result, indent=1) + "\n")
             print(kind, name, flush=True)
 
-    rollouts(32, 2, 1, uncached=False)  # the first passes of a process are slower
+    rollouts(32, 2, 1, uncached=())  # the first passes of a process are slower
     for length in LENGTHS[: 1 if options.quick else None]:
         # where one round of full attention takes minutes
         rows, repeats = (1, 1) if length == 1024 else (options.rows, options.repeats)
-        save("rollouts", f"L {length}", partial(rollouts, length, rows, repeats, uncached=length == LENGTHS[0]))
+        save("rollouts", f"L {length}", partial(rollouts, length, rows, repeats, UNCACHED[length]))
         few = rows if length <= 64 else max(1, rows // 4)  # a micro-batch
         for block in BLOCKS:
             save("scoring", f"L {length}, b {block}", partial(scoring, length, block, few, max(2, repeats)))

@@ -1,4 +1,4 @@
-"""The tables of results in the README and in docs/results.md, from runs that are kept in docs/results/fit.json.
+"""The tables of results in the README and in docs, from runs that are kept in docs/results/fit.json.
 
 ``python website/results.py keep sudoku RUN ...`` adds the summaries of finished runs to that file, and ``python
 website/results.py`` writes the tables anew; a test compares.
@@ -8,7 +8,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+
+from espo_lightning.lab.leaderboard import interval as mean_interval
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs/results/fit.json"
@@ -16,6 +18,7 @@ NAMES = {
     "sudoku": "4x4 Sudoku, `fit`, 50 rollouts",
     "countdown": "3-number Countdown, `fit --config experiments/countdown_tiny.yaml`, 40 rollouts",
 }
+LONG = "chain"  # has no chance level, and is no part of the overview
 
 
 def kept(name: str) -> list[dict]:
@@ -26,7 +29,7 @@ def kept(name: str) -> list[dict]:
 
 def keep(name: str, folders: list[str]) -> None:
     """Add what the summaries of runs say to the file, in the place of what it has of the same seeds."""
-    runs = {(run["name"], run["seed"]): run for known in NAMES for run in kept(known)}
+    runs = {(run["name"], run["seed"]): run for known in (*NAMES, LONG) for run in kept(known)}
     for folder in folders:
         summary = json.loads((Path(folder) / "summary.json").read_text())
         run = {"name": name} | {key: summary[key] for key in ("seed", "rollouts", "updates", "seconds", "chance")}
@@ -66,17 +69,37 @@ def by_seed(name: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def gains(name: str) -> str:
+    """One row per measure: all runs, and the mean gain with its 95 % interval over the seeds."""
+    runs = kept(name)
+    rows = [["held-out, greedy", "before", f"after, seeds {runs[0]['seed']} to {runs[-1]['seed']}", "gain [95 %]"]]
+    rows.append(["---"] * len(rows[0]))
+    for measure in ("exact", "step", "target", "reward"):
+        before, after = ([run[moment][measure] for run in runs] for moment in ("before", "after"))
+        gained = [b - a for a, b in zip(before, after)]
+        low, high = mean_interval(gained)
+        cells = (f"{before[0]:.3f}", ", ".join(f"{x:.3f}" for x in after), f"{mean(gained):.3f} [{low:.3f}, {high:.3f}]")
+        rows.append([measure, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def made(name: str) -> str:
+    """The table of a name that stands in a comment."""
+    if name == "overview":
+        return overview()
+    return gains(name) if name == LONG else by_seed(name)
+
+
 def written(path: Path) -> str:
     """A page with its tables as they should be, each behind a comment that names it."""
 
-    def made(match: re.Match) -> str:
-        table = overview() if match[1] == "overview" else by_seed(match[1])
-        return f"<!-- results: {match[1]} -->\n\n{table}\n"
+    def replaced(match: re.Match) -> str:
+        return f"<!-- results: {match[1]} -->\n\n{made(match[1])}\n"
 
-    return re.sub(r"<!-- results: (\w+) -->\n+(?:\|.*\n)*", made, path.read_text())
+    return re.sub(r"<!-- results: (\w+) -->\n+(?:\|.*\n)*", replaced, path.read_text())
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/block_policies.md")
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
