@@ -78,8 +78,8 @@ def gains(name: str) -> str:
         before, after = ([run[moment][measure] for run in runs] for moment in ("before", "after"))
         gained = [b - a for a, b in zip(before, after)]
         low, high = mean_interval(gained)
-        cells = (f"{before[0]:.3f}", ", ".join(f"{x:.3f}" for x in after), f"{mean(gained):.3f} [{low:.3f}, {high:.3f}]")
-        rows.append([measure, *cells])
+        gain = f"{mean(gained):.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([measure, f"{before[0]:.3f}", ", ".join(f"{x:.3f}" for x in after), gain])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
