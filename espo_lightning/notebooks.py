@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from espo_lightning.lab.evidence import ANSWERS
 from espo_lightning.ranges import check_counts
 from espo_lightning.shipped import shipped
 from espo_lightning.training.command_line import run
@@ -41,7 +42,7 @@ FIELDS = {
     "parameters": dict,
     "per_seed": list,  # one dictionary per seed, with its "seed" and "seconds"
     "summary": dict,  # numbers over the seeds that the notebook shows
-    "findings": dict,  # statement -> whether it held
+    "findings": dict,  # statement -> one of `ANSWERS`
     "versions": dict,
     "machine": str,
     "seconds": float,  # of processor time, one core, all seeds together
@@ -149,7 +150,7 @@ def _timed(study: Callable[..., dict], seed: int, settings: dict, path: Path | N
 
 
 def save_result(
-    results: str | Path, name: str, *, parameters: dict, per_seed: list[dict], summary: dict, findings: dict[str, bool]
+    results: str | Path, name: str, *, parameters: dict, per_seed: list[dict], summary: dict, findings: dict[str, str]
 ) -> dict:
     """Write ``results/<name>/result.json`` and return it.
 
@@ -157,7 +158,7 @@ def save_result(
         parameters: the notebook's, without `SETTINGS`.
         per_seed: from `over_seeds`.
         summary: numbers over the seeds.
-        findings: the statements of the notebook's expectations, and whether they held.
+        findings: the statements of the notebook's expectations, and what is shown of each, see `lab.evidence`.
 
     Raises:
         ValueError: see `check_result`; nothing is written.
@@ -168,7 +169,7 @@ def save_result(
         "parameters": parameters,
         "per_seed": rounded(per_seed),
         "summary": rounded(summary),
-        "findings": {statement: bool(held) for statement, held in findings.items()},
+        "findings": findings,
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
         "seconds": float(sum(row["seconds"] for row in per_seed)),
@@ -192,7 +193,7 @@ def rounded(value: Any) -> Any:
 
 
 def check_result(result: dict) -> None:
-    """That a result has the fields of `FIELDS`, one row per seed, and no NaN or infinity.
+    """That a result has the fields of `FIELDS`, answers of `ANSWERS`, one row per seed, and no NaN or infinity.
 
     Raises:
         ValueError: naming the field.
@@ -202,6 +203,9 @@ def check_result(result: dict) -> None:
     for field, kind in FIELDS.items():
         if not isinstance(result[field], kind):
             raise ValueError(f"field {field} of a result must be {kind}, got {result[field]!r}")
+    for statement, answer in result["findings"].items():
+        if answer not in ANSWERS:
+            raise ValueError(f"the answer to {statement!r} must be one of {', '.join(ANSWERS)}, got {answer!r}")
     if len(result["per_seed"]) != result["parameters"].get("seeds"):
         raise ValueError(f"parameters name {result['parameters'].get('seeds')} seeds, got {len(result['per_seed'])}")
     _check_finite(result, "result")

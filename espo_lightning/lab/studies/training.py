@@ -46,6 +46,16 @@ def training_run(
     }
 
 
+def pilot_run(seed: int, *, arm: dict, rollouts: int, problems: int) -> dict:
+    """A training run for its "score" alone: the mean reward of the final policy's samples; 0 if it diverged.
+
+    They are of puzzles that no run trains on, and other ones than `training_run` measures with.
+    """
+    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, {rollouts}, PROMPTS)
+    score = 0.0 if diverged else sampled_reward(snapshots.policies[rollouts], UNSEEN + 1, problems)
+    return {"score": round(score, 4), "diverged": diverged}
+
+
 @cache
 def contested(seed: int, states: int, free: int) -> list[State]:
     """The puzzles of a run, see `contested_states`."""
@@ -60,11 +70,16 @@ def measures_of_the_base(seed: int, states: int, free: int, problems: int) -> di
 
 def measures(policy: Policy, states: list[State], problems: int) -> dict[str, float]:
     """A point of a learning curve."""
-    puzzles = [TASK.problem("train", UNSEEN, i) for i in range(problems)]
-    _, verdicts = solve(policy, puzzles, fold_in(UNSEEN, torch.arange(problems)), Decoding())
-    reward = {"reward": sum(verdict["reward"] for verdict in verdicts) / problems}
+    reward = {"reward": sampled_reward(policy, UNSEEN, problems)}
     every = {**held_out(policy, TASK, problems), **reward, **true_measures(states, policy)}
     return {key: round(value, 4) for key, value in every.items()}
+
+
+def sampled_reward(policy: Policy, seed: int, problems: int) -> float:
+    """Mean reward of one sampled completion of every puzzle of a seed."""
+    puzzles = [TASK.problem("train", seed, i) for i in range(problems)]
+    _, verdicts = solve(policy, puzzles, fold_in(seed, torch.arange(problems)), Decoding())
+    return sum(verdict["reward"] for verdict in verdicts) / problems
 
 
 def final_reward(run: dict) -> float:
