@@ -32,10 +32,6 @@ class PolicyModule(LightningModule):
         self.register_load_state_dict_post_hook(_do_not_miss_frozen)  # in a copy, too, as WeightAveraging makes one
         self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As it is: a batch is of problems, and Lightning refuses what it cannot rebuild, such as a frozen verifier."""
-        return batch
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)
         for name in self.left_out & state.keys():

@@ -1,13 +1,13 @@
 """Notebook 10: where the mean field stops working, on laws whose right answers are few or many, tied or free.
 
 A world has 3 symbols on 5 positions. Its right answers are words over the symbols 0 and 1, in which some positions
-repeat others (*tied*) or close a parity. What the policy says instead, its habit, is a word apart from all answers, the
-wrong combinations of the right answers' symbols (*mixed*), or half of each. There is one prompt, and the policy is a
-small transformer that was taught this law, so that all its completions, gradients and rewards can be enumerated.
+repeat others (*tied*) or close a parity. What the policy says instead, its habit, is a word *apart* from all answers;
+or the answers with the last position of each tie *twisted*, which no single token tells from the right ones; or half of
+each. There is one prompt, and the policy is a small transformer that was taught this law, so that all its completions,
+gradients and rewards can be enumerated.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.decoding.orders import random_order
-from espo_lightning.keys import fold_in
 from espo_lightning.lab.exact import (
     elbos,
     enumerate_completions,
@@ -40,7 +39,7 @@ from espo_lightning.tasks.base import rng
 SYMBOLS, LENGTH, PROMPT = 3, 5, "?"
 HABIT = "2" * LENGTH
 GROUPS = 8  # of completions in a rollout
-# position i of a right answer is the sum (mod 2) of the free bits named; "" = always 0
+# position i of a right answer is the sum (mod 2) of the free bits named there, - is always 0
 SHAPES: dict[str, str] = {
     "1": "- - - - -",
     "2, free": "a - - - -",
@@ -56,29 +55,36 @@ SHAPES: dict[str, str] = {
 
 def right_answers(shape: str) -> list[str]:
     """The words of a shape of `SHAPES`, sorted."""
-    sums = SHAPES[shape].split()
+    return words(SHAPES[shape].split())
+
+
+def words(sums: list[str], swapped: Collection[int] = ()) -> list[str]:
+    """All words of these sums of free bits, with 0 and 1 exchanged at the positions ``swapped``; sorted."""
     free = sorted({letter for name in sums for letter in name} - {"-"})
-    words = set()
+    found = set()
     for bits in product((0, 1), repeat=len(free)):
         value = dict(zip(free, bits)) | {"-": 0}
-        words.add("".join(str(sum(value[x] for x in name) % 2) for name in sums))
-    return sorted(words)
+        sums_of_bits = (sum(value[letter] for letter in name) + (i in swapped) for i, name in enumerate(sums))
+        found.add("".join(str(x % 2) for x in sums_of_bits))
+    return sorted(found)
 
 
-def mixtures(answers: list[str]) -> list[str]:
-    """The wrong words among all combinations of the right answers' symbols; empty if they are free."""
-    combined = ("".join(word) for word in product(*({*column} for column in map(sorted, zip(*answers)))))
-    return sorted({*combined} - {*answers})
+def twisted_answers(shape: str) -> list[str]:
+    """The right answers with 0 and 1 exchanged at the last position of each tie; empty if none is tied.
+
+    Each single token is as frequent among them as among the right ones.
+    """
+    sums = SHAPES[shape].split()
+    last = {sums.index(name): i for i, name in enumerate(sums) if name != "-" and name in sums[:i]}
+    swapped = [*last.values(), *(i for i, name in enumerate(sums) if len(name) > 1)]
+    return words(sums, swapped) if swapped else []
 
 
-def total_correlation(answers: list[str]) -> float:
-    """Sum of the entropies of the positions, less that of the word, of a uniformly drawn right answer; in nats."""
-
-    def entropy(values: list[str]) -> float:
-        shares = [values.count(v) / len(values) for v in {*values}]
-        return -sum(share * math.log(share) for share in shares)
-
-    return sum(entropy(list(column)) for column in zip(*answers)) - entropy(answers)
+def total_correlation(probability: Tensor) -> float:
+    """Sum of the entropies of the positions, less that of the word, for words of the law [3^5]; in nats."""
+    each = enumerate_completions(SYMBOLS, LENGTH).T.unsqueeze(-1) == torch.arange(SYMBOLS)  # [L, V^L, V]
+    marginals = (probability.view(1, -1, 1) * each).sum(1)
+    return float(torch.special.entr(marginals).sum() - torch.special.entr(probability).sum())
 
 
 def verify(answers: frozenset[str], text: str) -> Verdict:
@@ -92,11 +98,11 @@ class World(Task):
 
     Args:
         shape: of the right answers, a key of `SHAPES`.
-        apart: share of the wrong demonstrations that are `HABIT`; the others are `mixtures`.
+        apart: share of the wrong demonstrations that are `HABIT`; the others are `twisted_answers`.
         right: share of right demonstrations.
 
     Raises:
-        ValueError: mixtures of answers that are free, of which there are none.
+        ValueError: twisted answers of a shape that has none.
     """
 
     shape: str
@@ -104,26 +110,26 @@ class World(Task):
     right: float
 
     def __post_init__(self):
-        if self.apart < 1 and not mixtures(right_answers(self.shape)):
-            raise ValueError(f'all combinations of the answers "{self.shape}" are right: apart must be 1')
+        if self.apart < 1 and not twisted_answers(self.shape):
+            raise ValueError(f'no position of the answers "{self.shape}" is tied to another: apart must be 1')
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         draw, answers = rng("world", split, seed, index), right_answers(self.shape)
         if draw.random() < self.right:
             word = draw.choice(answers)
         else:
-            word = HABIT if draw.random() < self.apart else draw.choice(mixtures(answers))
+            word = HABIT if draw.random() < self.apart else draw.choice(twisted_answers(self.shape))
         return Problem(PROMPT, partial(verify, frozenset(answers)), word)
 
 
-def worlds(right: float) -> dict[str, World]:
-    """Every shape with the habit apart, and where there are mixtures, with these and with half of each."""
-    every = {}
-    for shape in SHAPES:
-        for habit, apart in (("apart", 1.0), ("half", 0.5), ("mixed", 0.0)):
-            if apart == 1 or mixtures(right_answers(shape)):
-                every[f"{shape}; {habit}"] = World(shape, apart, right)
-    return every
+def worlds(shapes: Iterable[str]) -> dict[str, dict]:
+    """Shape and share apart of every world: each shape with its habit apart; if tied, also half of each and twisted."""
+    return {
+        f"{shape}; {habit}": {"shape": shape, "apart": apart}
+        for shape in shapes
+        for habit, apart in (("apart", 1.0), ("half", 0.5), ("twisted", 0.0))
+        if apart == 1 or twisted_answers(shape)
+    }
 
 
 def taught(world: World, seed: int, lessons: int) -> Policy:
@@ -138,8 +144,8 @@ def as_state(world: World, policy: Policy) -> State:
     symbols = policy.tokenizer("".join(map(str, range(SYMBOLS))), add_special_tokens=False)["input_ids"]
     cells = FreeCells(policy, torch.zeros(LENGTH, dtype=torch.int64), list(range(LENGTH)), symbols)
     answers = right_answers(world.shape)
-    words = ["".join(map(str, word)) for word in enumerate_completions(SYMBOLS, LENGTH).tolist()]
-    rewards = torch.tensor([float(word in answers) for word in words], dtype=torch.float64)
+    every = ["".join(map(str, word)) for word in enumerate_completions(SYMBOLS, LENGTH).tolist()]
+    rewards = torch.tensor([float(word in answers) for word in every], dtype=torch.float64)
     return State(policy.encode([PROMPT]), cells, rewards)
 
 
@@ -157,15 +163,15 @@ def biases(seed: int, *, shape: str, apart: float, right: float, lessons: int, s
         samples: masks per completion of the likelihoods whose masks are random, but for the ELBO, which is exact.
 
     Returns:
-        "total_correlation": of the right answers. "additive": see `additive_share`. "right": the exact chance of a right
-        answer. "gap": of the ELBO in nats. "cosine": likelihood -> with the exact gradient of the mean reward
-        under the random order, whose samples it takes. "norm": relative to it. "cosine_confidence": the same with
-        samples and target of the low-confidence decoder.
+        "answers_correlation": `total_correlation` of the right answers, "correlation" of the policy. "additive": see
+        `additive_share`. "right": the exact chance of a right answer. "gap": of the ELBO in nats. "cosine": likelihood
+        -> with the exact gradient of the mean reward under the random order, whose samples it takes. "norm":
+        relative to it. What ends in "_confidence" has samples and target of the low-confidence decoder.
     """
     world = World(shape, apart, right)
     state = as_state(world, taught(world, seed, lessons))
     gradients = EdgeGradients(state.cells, state.prompts, *state.size)
-    result = {"total_correlation": total_correlation(right_answers(shape))}
+    result = {"answers_correlation": total_correlation(state.rewards / state.rewards.sum())}
     for suffix, law in (("", log_likelihoods), ("_confidence", low_confidence_log_likelihoods)):
         likelihood = law(gradients.edges)
         p = likelihood.exp()
@@ -176,6 +182,7 @@ def biases(seed: int, *, shape: str, apart: float, right: float, lessons: int, s
         result[f"norm{suffix}"] = {name: float(v.norm() / target.norm()) for name, v in vectors.items()}
         result[f"additive{suffix}"] = additive_share(p, state.rewards)
         result[f"right{suffix}"] = float(p @ state.rewards)
+        result[f"correlation{suffix}"] = total_correlation(p)
     law = log_likelihoods(gradients.edges)
     return result | {"gap": float(law.exp() @ (law - elbos(gradients.edges)))}
 
@@ -207,8 +214,7 @@ def additive_share(probability: Tensor, rewards: Tensor) -> float:
     The mean field's policy gradient depends on the reward through E[R | y_i] alone, one position at a time: where this
     share is 0, so is its expectation. Weighted least squares on the indicators of all symbols at all positions.
     """
-    words = enumerate_completions(SYMBOLS, LENGTH)
-    design = torch.nn.functional.one_hot(words, SYMBOLS).flatten(1).double()
+    design = torch.nn.functional.one_hot(enumerate_completions(SYMBOLS, LENGTH), SYMBOLS).flatten(1).double()
     mean = probability @ rewards
     root = probability.sqrt().unsqueeze(1)
     solution = torch.linalg.lstsq(root * design, root * (rewards - mean).unsqueeze(1), driver="gelsd").solution

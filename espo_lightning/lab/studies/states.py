@@ -94,9 +94,7 @@ def train_or_diverge(
         return error.snapshots, True
 
 
-def teach(
-    policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128, length: int = 16
-) -> None:
+def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128, length: int = 16) -> None:
     """More supervised lessons of a task for a policy, as `sft` gives them."""
     optimizer = partial(torch.optim.AdamW, lr=lr)
     module = SFTModule(policy, length=length, optimizer=optimizer, likelihood=LESSONS, seed=seed)
