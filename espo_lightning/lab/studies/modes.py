@@ -194,8 +194,8 @@ def expected_gradients(gradients: EdgeGradients, weight: Tensor, samples: int, k
         return gradients.of(lambda edges: (weight * score(edges)).sum())
 
     def sampled(likelihood: Likelihood, samples: int) -> Tensor:
-        masked = mask_completions(likelihood, SYMBOLS, LENGTH, samples, key)
-        share = weight[masked.completion].unsqueeze(-1) / samples
+        masked = mask_completions(likelihood, gradients.symbols, gradients.length, samples, key)
+        share = weight[masked.completion].unsqueeze(-1) / (samples * len(masked.weight))  # a score is a mean of draws
         edges = torch.zeros(len(gradients.row), dtype=torch.float64)
         return gradients.weighted(edges.index_add_(0, masked.edge.flatten(), (masked.weight * share).flatten()))
 
