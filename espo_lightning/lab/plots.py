@@ -77,6 +77,11 @@ COLOURS = {
     "apart": BLUE,
     "half": GREEN,
     "twisted": VERMILLION,
+    # kinds of policies
+    "table": GREY,
+    "random network": ORANGE,
+    "taught network": BLUE,
+    "blocks": GREEN,
     # whose completions
     "own": BLUE,
     "answer": ORANGE,
