@@ -22,6 +22,7 @@ from measure import in_fresh_process, user_seconds
 
 from espo_lightning import ELBO, BlockDecoding, BlockELBO, Decoding, ESPOModule, PromptDataModule, Sudoku, load_policy
 from espo_lightning.keys import fold_in
+from espo_lightning.lab.choice import choose
 from espo_lightning.tasks.judge import judge
 
 RATES, TUNING_SEED, SEEDS = (1e-4, 3e-4, 1e-3), 100, range(5)
@@ -80,14 +81,10 @@ def reached(curve: list[tuple[float, float]]) -> float:
 
 
 def chosen(runs: dict, side: str) -> float:
-    """The learning rate of the fewest seconds, or the best end. Raises ValueError at an edge of the grid."""
+    """The learning rate of the fewest seconds, or the best end. Raises EdgeChoice at an edge of the grid."""
     curves = {rate: runs[f"{side}, lr {rate:g}, seed {TUNING_SEED}"] for rate in RATES}
-    best = min(RATES, key=lambda rate: (reached(curves[rate]), -curves[rate][-1][1]))
-    if best in (RATES[0], RATES[-1]):
-        raise ValueError(
-            f"{side}: the best rate {best:g} is at an edge of {RATES}: widen the grid, on both sides alike"
-        )
-    return best
+    scores = {(rate,): (-reached(curve), curve[-1][1]) for rate, curve in curves.items()}
+    return choose(scores, [f"{side}: learning rate"])[0]
 
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
