@@ -1,12 +1,16 @@
 """A choice on a grid: an edge is refused, and the walk that chooses goes on until the best is surrounded."""
 
+import ast
 import json
 import math
+import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from espo_lightning.lab.choice import EdgeChoice, beside, best, choose, open_sides, walk
+from espo_lightning.notebooks import SETTINGS
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 RATES, CLIPS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2], [0.01, 0.05, 0.2, 0.8, None]
@@ -46,7 +50,7 @@ def test_no_clip_is_a_natural_end():
     del cross[1e-5, 0.8]
     with pytest.raises(EdgeChoice, match="clip None is the smallest"):
         choose(cross, ["learning rate", "clip"])
-    with pytest.raises(EdgeChoice, match="clip 0.8 is the largest"):
+    with pytest.raises(EdgeChoice, match=r"clip 0\.8 is the largest"):
         choose({(1e-5, 0.8): 0.6, (1e-5, 0.2): 0.5, (1e-6, 0.8): 0.5, (1e-4, 0.8): 0.4}, ["learning rate", "clip"])
 
 
@@ -121,3 +125,29 @@ def test_no_stored_choice_lies_at_an_edge(name):
 def test_every_notebook_that_tunes_is_looked_at():
     names = {p.parent.name for p in RESULTS.glob("*/result.json") if '"pilots"' in p.read_text()}
     assert names == {"04_training_ablations", "09_leaderboard"}
+
+
+def at_commit(commit: str, path: Path) -> dict | None:
+    """The parameters of a notebook as it was at a commit; None where the history is not at hand."""
+    shown = subprocess.run(
+        ["git", "show", f"{commit}:notebooks/{path.name}"], cwd=path.parent, capture_output=True, text=True, check=False
+    )
+    if shown.returncode:
+        return None
+    cells = nbformat.reads(shown.stdout, as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.metadata.get("tags") == ["parameters"]]
+    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
+LATER = {"09_leaderboard": {"rollouts": {"Sudoku": 20}}}  # what the commit had: Countdown came after it, as 09 says
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.parent.glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_the_commit_that_a_result_names_has_the_grid_that_ran(path):
+    result = json.loads((RESULTS / path.stem / "result.json").read_text())
+    assert result["modified"] is False
+    found = at_commit(result["commit"], path)
+    if found is None:
+        pytest.skip("the history of this checkout does not reach back so far")
+    found = {key: value for key, value in found.items() if key not in SETTINGS}
+    assert found == result["parameters"] | LATER.get(path.stem, {})
