@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -218,15 +219,10 @@ def _check_finite(value: Any, where: str) -> None:
 
 def _commit(name: str) -> tuple[str | None, bool | None]:
     """The checkout's commit and whether the package or the notebook differs from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
+    ask = partial(subprocess.check_output, cwd=Path(__file__).parent, text=True, stderr=subprocess.PIPE)
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", f":/{FOLDER}/{name}.ipynb"))
+        changes = ask(["git", "status", "--porcelain", "--", ".", f":/{FOLDER}/{name}.ipynb"])
+        return ask(["git", "rev-parse", "HEAD"]).strip(), bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

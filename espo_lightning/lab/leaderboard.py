@@ -34,7 +34,8 @@ tunes it like the others, runs it on the same seeds and adds its row, without ru
 **The terms.** {prompts} prompts × {group} completions a rollout; as many rollouts as take the FLOPs of {rollouts} of
 ESPO, by the cost model. The learning rate is chosen by the mean sampled reward of the final policy on training
 problems, among {rates} (runs of full length for each, on other seeds: {pilots}) and beyond, where the best of them is
-at an edge (further rates at most: {extra}); "edge" marks a choice that is still at one. Then {seeds} new seeds; the
+at an edge (further rates at most: {extra}); "edge" marks a choice still at one,
+of which nothing is shown. Then {seeds} new seeds; the
 last policy decodes {problems} held-out problems greedily, one token a step, low confidence first. Rollouts are
 decoded in that order, too, at temperature 1, except for methods that score the decoder's trace: they keep the order
 that they are made for, and "in its own order" is their accuracy there. All other settings are the preset's.
