@@ -115,7 +115,7 @@ def test_what_a_notebook_costs_is_what_it_took():
         (cost,) = re.findall(rf"\[{name}\].*\| (\d+) min \|", PAGE)
         minutes[name] = round(result(name)["seconds"] / 60)
         assert int(cost) == minutes[name]
-    assert len(minutes) == 9
+    assert len(minutes) >= 9
     total = sum(minutes.values())
     (said, hours) = re.findall(
         r"without `--name` all: (\d+) minutes of one core, ([\d½]+) hours\s+on\s+two", flat(PAGE)
