@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -47,7 +48,7 @@ FIELDS = {
     "machine": str,
     "seconds": float,  # of processor time, one core, all seeds together
     "commit": (str, type(None)),
-    "modified": (bool, type(None)),  # whether the package differed from that commit
+    "modified": (bool, type(None)),  # whether the package or the notebook differed from that commit
 }
 
 # ---- what a notebook calls ---------------------------------------------------------------------------
@@ -163,7 +164,6 @@ def save_result(
     Raises:
         ValueError: see `check_result`; nothing is written.
     """
-    commit, modified = _commit()
     result = {
         "name": name,
         "parameters": parameters,
@@ -173,8 +173,7 @@ def save_result(
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
         "seconds": float(sum(row["seconds"] for row in per_seed)),
-        "commit": commit,
-        "modified": modified,
+        **dict(zip(("commit", "modified"), _commit(name))),
     }
     check_result(result)
     folder = Path(results) / name
@@ -203,9 +202,8 @@ def check_result(result: dict) -> None:
     for field, kind in FIELDS.items():
         if not isinstance(result[field], kind):
             raise ValueError(f"field {field} of a result must be {kind}, got {result[field]!r}")
-    for statement, answer in result["findings"].items():
-        if answer not in ANSWERS:
-            raise ValueError(f"the answer to {statement!r} must be one of {', '.join(ANSWERS)}, got {answer!r}")
+    if other := {statement: answer for statement, answer in result["findings"].items() if answer not in ANSWERS}:
+        raise ValueError(f"the answer to a statement must be one of {', '.join(ANSWERS)}, got {other}")
     if len(result["per_seed"]) != result["parameters"].get("seeds"):
         raise ValueError(f"parameters name {result['parameters'].get('seeds')} seeds, got {len(result['per_seed'])}")
     _check_finite(result, "result")
@@ -219,15 +217,12 @@ def _check_finite(value: Any, where: str) -> None:
         _check_finite(item, f"{where}[{key!r}]")
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether the package differs from it; None outside a checkout."""
-    package = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, check=True).stdout
-
+def _commit(name: str) -> tuple[str | None, bool | None]:
+    """The checkout's commit and whether the package or the notebook differs from it; None outside a checkout."""
+    ask = partial(subprocess.check_output, cwd=Path(__file__).parent, text=True, stderr=subprocess.PIPE)
     try:
-        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--", "."))
+        changes = ask(["git", "status", "--porcelain", "--", ".", f":/{FOLDER}/{name}.ipynb"])
+        return ask(["git", "rev-parse", "HEAD"]).strip(), bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

@@ -5,7 +5,7 @@ excludes its opposite, "yes", or itself, "no"; else the answer is "not shown". P
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 
 YES, NO, NOT_SHOWN = "yes", "no", "not shown"
@@ -35,6 +35,16 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
         ValueError: different lengths, or see `interval`.
     """
     return interval([x - y for x, y in zip(a, b, strict=True)])
+
+
+def jackknife(statistic: Callable[[Sequence], float], rows: Sequence) -> Interval:
+    """A 95 % interval of a statistic of independent rows, such as one per seed, from what it is without each of them.
+
+    Tukey's pseudo-values, as if they were independent values of the statistic.
+    """
+    n, whole = len(rows), statistic(rows)
+    without = [statistic([row for j, row in enumerate(rows) if j != i]) for i in range(n)]
+    return interval([n * whole - (n - 1) * value for value in without])
 
 
 def correlation_interval(rho: float, pairs: int) -> Interval:

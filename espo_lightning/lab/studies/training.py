@@ -18,7 +18,15 @@ UNSEEN = 1_000_000  # the seed of puzzles that no run trains on
 
 
 def training_run(
-    seed: int, *, arm: dict, rollouts: int, points: int, states: int = 4, free: int = 3, problems: int = 256
+    seed: int,
+    *,
+    arm: dict,
+    rollouts: int,
+    points: int,
+    states: int = 4,
+    free: int = 3,
+    problems: int = 256,
+    prompts: int = PROMPTS,
 ) -> dict:
     """One run of RL: rewards of every rollout, and exact quantities on the way.
 
@@ -28,13 +36,14 @@ def training_run(
         states, free: puzzles for the exact KL to the base, the gap and the entropy, as in `kl_training`.
         problems: puzzles of each accuracy: held out, decoded greedily ("exact", "cell"); from training grids, sampled
             ("reward").
+        prompts: of every rollout.
 
     Returns:
         "curve": measurements with their "rollout". "reward", "exact": means over the completions of every rollout.
         "diverged": whether the run ended early because gradients were not finite; its curve is then shorter.
     """
     at = {round(rollouts * i / points) for i in range(points + 1)}
-    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, at, PROMPTS)
+    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, at, prompts)
     trained = {rollout: policy for rollout, policy in sorted(snapshots.policies.items()) if rollout}
     curve = [{"rollout": 0, **measures_of_the_base(seed, states, free, problems)}]
     for rollout, policy in trained.items():
@@ -46,12 +55,12 @@ def training_run(
     }
 
 
-def pilot_run(seed: int, *, arm: dict, rollouts: int, problems: int) -> dict:
+def pilot_run(seed: int, *, arm: dict, rollouts: int, problems: int, prompts: int = PROMPTS) -> dict:
     """A training run for its "score" alone: the mean reward of the final policy's samples; 0 if it diverged.
 
     They are of puzzles that no run trains on, and other ones than `training_run` measures with.
     """
-    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, {rollouts}, PROMPTS)
+    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, {rollouts}, prompts)
     score = 0.0 if diverged else sampled_reward(snapshots.policies[rollouts], UNSEEN + 1, problems)
     return {"score": round(score, 4), "diverged": diverged}
 
