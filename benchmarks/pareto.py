@@ -172,8 +172,14 @@ def table(result: dict) -> str:
         full, rows = result["reported"][name][FULL], rows_of(result["reported"][name], name, len(SEEDS))
         front = {row.label for row in on_front(rows)}
         verdict = SUBJECTS[name].verdict
-        lines += [f"**{name}**, {full['passes']:.0f} passes and {full['flops'] / 1e6:,.0f} MFLOP a completion in full:", ""]
-        lines += [f"| {name} | passes | tokens | FLOPs | {verdict} | less than full [95 %] |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"**{name}**, {full['passes']:.0f} passes and {full['flops'] / 1e6:,.0f} MFLOP a completion in full:",
+            "",
+        ]
+        lines += [
+            f"| {name} | passes | tokens | FLOPs | {verdict} | less than full [95 %] |",
+            "|---|---|---|---|---|---|",
+        ]
         for row in rows:
             label = f"**{row.label}**" if row.label in front else row.label
             change = "" if row.label == FULL else f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"

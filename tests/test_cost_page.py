@@ -51,8 +51,13 @@ BASE = {"decoding": DECODING, "likelihood": ELBO(), "updates": 3, "gpus": (2, 16
         {"gradient_checkpointing": True},
         {"gpus": (2, 8)},
         {"shards": None},
+        {"zero": 1},
+        {"zero": 2},
         {"gather_rollouts": False},
-        *({"hardware": Hardware(**{key: 1})} for key in ("tflops", "utilisation", "node", "nvlink", "network")),
+        *(
+            {"hardware": Hardware(**{key: 1})}
+            for key in ("tflops", "utilisation", "node", "nvlink", "network", "memory")
+        ),
     ],
     ids=lambda change: "-".join(f"{k}" for k in change),
 )

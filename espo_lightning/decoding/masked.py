@@ -265,7 +265,13 @@ def _unmask(
             select[:, active] = hidden
             u_token, u_order = step_noise(keys[rows], number, places, length)[:, hidden]
             tokens, priority, *noted = policy(
-                ids, None if attention is None else attention[rows], select, propose, u_token, u_order, **caching.of_next_pass()
+                ids,
+                None if attention is None else attention[rows],
+                select,
+                propose,
+                u_token,
+                u_order,
+                **caching.of_next_pass(),
             )
             chosen, old = commit(hidden, priority, step), ids[:, active]
             canvas[rows, active] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)
