@@ -1,9 +1,9 @@
 """Training with cheaper rollouts: ``OMP_NUM_THREADS=1 python benchmarks/rollout_setting.py``.
 
 The default run of ``python -m espo_lightning.fit`` (4x4 Sudoku, 50 rollouts of 16 x 8), and the same with the decoding
-that ``pareto.py`` chose on its pilot seeds, in turns, on seeds that nothing was chosen on. Both are measured alike at the
-end: greedy accuracy of the full decoding on 256 held-out puzzles. Passes are those of rollouts, in rows; seconds are
-user CPU seconds of all rollouts and of the whole training, without validations. Resumes where it was stopped;
+that ``pareto.py`` chose on its pilot seeds, in turns, on seeds that nothing was chosen on. Both are measured alike at
+the end: greedy accuracy of the full decoding on 256 held-out puzzles. Passes are those of rollouts, in rows; seconds
+are user CPU seconds of all rollouts and of the whole training, without validations. Resumes where it was stopped;
 ``--table`` prints what was measured.
 """
 

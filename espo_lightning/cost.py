@@ -1,7 +1,7 @@
 """python -m espo_lightning.cost: what a rollout and its updates cost per GPU, without weights and without a GPU.
 
 FLOPs are those of `flops`, checked against measurement; bytes and seconds follow from the assumptions of `Hardware`.
-docs/scaling.md has the formulas and what follows from them.
+docs/cost_model.md has the formulas, docs/scaling.md what follows from them.
 """
 
 import json
@@ -113,7 +113,7 @@ def cost(
         held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, **rooms, **shared)
         whole = column(network, w, spent, size, seconds, hardware)
         sent = BF16 * (network.adapters(rank) if rank else network.parameters)
-        whole["seconds"]["sending trained weights to an engine"] = sent / 1e9 / hardware.network
+        whole["seconds"]["sending weights to an engine"] = sent / 1e9 / hardware.network
         whole["PFLOP per GPU"] |= formulas
         memories = {"GB of memory per GPU": {part: b / 1e9 for part, b in held.items()}}
         columns.append({"completions per rollout": {"": n * completions}} | whole | memories)
@@ -192,7 +192,7 @@ def column(
         "PFLOP per GPU": with_total(spent, 1e15),
         "GB received per GPU": with_total(size, 1e9),
         "seconds": {f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()}
-        | {"reading weights and keys, rollout": reading},
+        | {"reading, rollout": reading},
         "FLOP per byte": {
             "of weights, in the rollout": spent["rollout"] / (BF16 * network.parameters * w.rollout.calls),
             "received, in the rollout": spent["rollout"] / size["rollout"] if size["rollout"] else None,
@@ -209,7 +209,7 @@ def lines(result: dict) -> list[str]:
 
     def line(label: str, values: list) -> str:
         shown = values if len(set(values)) > 1 else values[:1]
-        return f"{label:40}" + "".join(f"{cell(v):>10}" for v in shown)
+        return f"{label:32}" + "".join(f"{cell(v):>10}" for v in shown)
 
     text = [f"{result['parameters'] / 1e9:.3g} B parameters", "", line("GPUs", result["gpus"])]
     for group, rows in result["table"].items():

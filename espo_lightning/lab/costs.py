@@ -1,7 +1,7 @@
 """Bytes, memory and seconds of a rollout and its updates per GPU, from the passes of `flops`. Pure.
 
 FLOPs are those of `flops`, checked against measurement; bytes and seconds follow from the assumptions of `Hardware`.
-docs/scaling.md has the formulas and what follows from them.
+docs/cost_model.md has the formulas, docs/scaling.md what follows from them.
 """
 
 import math

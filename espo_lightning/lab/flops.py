@@ -3,7 +3,7 @@
 Counted as `torch.utils.flop_counter` does: 2 m n k for every matrix product, attention included, nothing for what is
 done element by element. Exact for this library: the last layer's MLP and the head run where a token is predicted,
 half-passes with nothing hidden do not run, the first update's own terms are its old scores, the reference is scored
-once per mask set. docs/scaling.md has the same as equations.
+once per mask set. docs/cost_model.md has the same as equations.
 """
 
 from collections.abc import Callable
