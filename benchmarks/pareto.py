@@ -21,11 +21,13 @@ from espo_lightning import BlockDecoding, Chain, Countdown, Decoding, Policy, Su
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.flops import Passes, forward
 from espo_lightning.lab.network import Network, read_network
+from espo_lightning.lab.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, panels, save
 from espo_lightning.tasks.judge import judge
 from espo_lightning.tasks.statistics import cluster_of, interval
 
 SEEDS, PILOTS, PROBLEMS = range(5), (101, 102), 256
-RESULTS = Path(__file__).parent / "results" / "pareto.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pareto.json"
 FULL = "full"
 
 
@@ -189,6 +191,41 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+CACHE = ", prefix cache"
+LINES = {  # drawn from the most expensive setting to the cheapest, beside which the name stands: settings, colour, place
+    "fewer steps": (("8 steps", "6 steps", "4 steps", "3 steps", "2 steps"), ORANGE, (6, -10)),
+    "even steps": (("64 steps", "32 steps", "16 steps"), ORANGE, (6, -4)),
+    "threshold": (tuple(f"threshold {bar:g}" for bar in THRESHOLDS), BLUE, (-50, -3)),
+    "prefix cache": (("prefix cache, r 2", "prefix cache, r 4", "prefix cache"), GREEN, (4, 12)),
+    "blocks of 4, prefix": (("blocks of 4", f"blocks of 4{CACHE}, r 2", f"blocks of 4{CACHE}"), VERMILLION, (-4, -14)),
+    "blocks of 4, dual": (("blocks of 4", "blocks of 4, dual cache, r 2", "blocks of 4, dual cache"), PURPLE, (-34, 8)),
+    "corrector": (("half the steps, corrector 4",), SKY, (-50, -3)),
+    "early stop": (("early stop",), GREY, (-44, -12)),
+}
+
+
+def draw(result: dict) -> None:
+    """The accuracies against FLOPs, as docs/decoding.png; the name of a line stands at its cheapest point."""
+    figure, axes = panels(*SUBJECTS, height=3.8, width=3.8)
+    for axis, name in zip(axes, SUBJECTS):
+        rows = {row.label: row for row in rows_of(result["reported"][name], name, len(SEEDS))}
+        for label, (members, colour, shift) in LINES.items():
+            found = [rows[member] for member in members if member in rows]
+            points = sorted([*found, *([] if "blocks" in label else [rows[FULL]])], key=lambda row: -row.flops)
+            if not found or all(row.flops == 1 for row in found):
+                continue
+            axis.plot([row.flops for row in points], [row.accuracy for row in points], color=colour, marker="o")
+            end, where = (points[-1].flops, points[-1].accuracy), {"textcoords": "offset points", "fontsize": 8}
+            axis.annotate(label, end, shift, color=colour, **where)
+        axis.plot(1, rows[FULL].accuracy, "s", color=BLACK)
+        axis.annotate("full", (1, rows[FULL].accuracy), (-6, 6), **where)
+        axis.set(xscale="log", xlabel="FLOPs of a completion / full", ylabel=SUBJECTS[name].verdict, xlim=(0.06, 1.15))
+        axis.set_ylim(0, 1.15 * max(row.accuracy for row in rows.values()))
+        axis.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+        axis.minorticks_off()
+    save(figure, ROOT, "docs", "decoding")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=int, default=PROBLEMS, help=f"held-out problems (default: {PROBLEMS})")
@@ -208,6 +245,7 @@ def main() -> None:
                     print(part, name, label, {k: round(v) for k, v in done[label].items() if k != "points"}, flush=True)
     print(table(result))
     print("chosen:", chosen(result))
+    draw(result)
 
 
 if __name__ == "__main__":
