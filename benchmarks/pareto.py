@@ -192,12 +192,12 @@ def table(result: dict) -> str:
 
 
 CACHE = ", prefix cache"
-LINES = {  # drawn from the most expensive setting to the cheapest, beside which the name stands: settings, colour, place
+LINES = {  # from the most expensive setting to the cheapest, beside which the name stands: settings, colour, place
     "fewer steps": (("8 steps", "6 steps", "4 steps", "3 steps", "2 steps"), ORANGE, (6, -10)),
     "even steps": (("64 steps", "32 steps", "16 steps"), ORANGE, (6, -4)),
     "threshold": (tuple(f"threshold {bar:g}" for bar in THRESHOLDS), BLUE, (-50, -3)),
     "prefix cache": (("prefix cache, r 2", "prefix cache, r 4", "prefix cache"), GREEN, (4, 12)),
-    "blocks of 4, prefix": (("blocks of 4", f"blocks of 4{CACHE}, r 2", f"blocks of 4{CACHE}"), VERMILLION, (-4, -14)),
+    "blocks of 4, prefix": (("blocks of 4", f"blocks of 4{CACHE}, r 2", f"blocks of 4{CACHE}"), VERMILLION, (-24, -14)),
     "blocks of 4, dual": (("blocks of 4", "blocks of 4, dual cache, r 2", "blocks of 4, dual cache"), PURPLE, (-34, 8)),
     "corrector": (("half the steps, corrector 4",), SKY, (-50, -3)),
     "early stop": (("early stop",), GREY, (-44, -12)),
@@ -219,7 +219,7 @@ def draw(result: dict) -> None:
             axis.annotate(label, end, shift, color=colour, **where)
         axis.plot(1, rows[FULL].accuracy, "s", color=BLACK)
         axis.annotate("full", (1, rows[FULL].accuracy), (-6, 6), **where)
-        axis.set(xscale="log", xlabel="FLOPs of a completion / full", ylabel=SUBJECTS[name].verdict, xlim=(0.06, 1.15))
+        axis.set(xscale="log", xlabel="FLOPs of a completion / full", ylabel=SUBJECTS[name].verdict, xlim=(0.05, 1.3))
         axis.set_ylim(0, 1.15 * max(row.accuracy for row in rows.values()))
         axis.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
         axis.minorticks_off()

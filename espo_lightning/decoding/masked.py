@@ -57,7 +57,7 @@ class Decoding(Decoder):
         prefix_cache: per block, keep keys and values of all that precedes it from the block's first step
             (Fast-dLLM's prefix cache). An approximation: in a bidirectional network they change with every commit.
             Measure before use: it costs the small trained Sudoku policy two thirds of its right answers
-            (benchmarks/NOTES.md).
+            (docs/faster_decoding.md).
         refresh: with prefix_cache, compute what is kept anew in every so many steps of a block; 1 = in each, which is
             the full decoding. null = in the block's first step only.
         dual_cache: with prefix_cache, also keep keys and values of all that follows the block (Fast-dLLM's dual cache),
