@@ -93,3 +93,34 @@ def test_sentences_about_what_is_exact():
 
 def change(row) -> str:
     return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+
+
+def test_sentences_about_sudoku(rows):
+    sudoku = rows["Sudoku"]
+    for label, words in {
+        "8 steps": "Half of the steps cost Sudoku {}",
+        "threshold 0.99": "A threshold of 0.99 costs Sudoku {}",
+        "threshold 0.95": "at 0.95 it is {}",
+        "threshold 0.9": "at 0.9 {}",
+        "prefix cache, r 2": "A prefix cache that is refreshed in every other step costs it {}",
+        "prefix cache": "one without refresh {}",
+        "blocks of 4, dual cache, r 2": "the dual cache costs {}",
+        "blocks of 4, prefix cache, r 2": "the prefix cache {}",
+        "blocks of 4": "Blocks of 4 alone cost {}",
+        "half the steps, corrector 4": "Half of the steps and four passes of the corrector cost {}",
+    }.items():
+        assert words.format(change(sudoku[label])) in TEXT, label
+    assert f"with {sudoku['threshold 0.99'].passes:.2f} of the passes" in TEXT
+    assert sudoku["blocks of 4, dual cache, r 2"].flops < sudoku["blocks of 4, prefix cache, r 2"].flops
+    assert {row.label.split(",")[0][:9] for row in pareto.on_front(list(sudoku.values()))} <= {"threshold", "2 steps"}
+
+
+def test_sentences_about_the_others(rows):
+    countdown, chain = rows["Countdown"], rows["chain"]
+    assert countdown["early stop"].passes == 1  # in one block nothing is saved
+    assert f"Countdown with {countdown['threshold 0.99'].passes:.2f} of them {change(countdown['threshold 0.99'])}" in TEXT
+    assert f"Countdown loses at 0.7, {change(countdown['threshold 0.7'])}" in TEXT
+    assert countdown["threshold 0.8"].high < 0 < countdown["threshold 0.9"].high
+    assert f"the chain with {chain['threshold 0.99'].passes:.2f} {change(chain['threshold 0.99'])}" in TEXT
+    assert f"its half of the steps {change(chain['64 steps'])}" in TEXT
+    assert all(row.low <= 0 <= row.high for label, row in countdown.items() if "cache" in label and "blocks" not in label)
