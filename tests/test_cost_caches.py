@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from cache_cases import BASE, CACHED
 from decoding_cases import keys_of, peaky_policy, some_prompts
-from test_refresh import BASE, CACHED
 from torch.utils.flop_counter import FlopCounterMode
 
 from espo_lightning import Decoding, Policy

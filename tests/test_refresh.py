@@ -5,23 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cache_cases import BASE, CACHED
 from decoder_cases import policy_fixture  # noqa: F401
 from decoding_cases import keys_of, some_prompts
 
-from espo_lightning import BlockDecoding, Decoding, Policy, Prompts, dream_schedule, entropy_order, generate
+from espo_lightning import BlockDecoding, Decoding, Policy, Prompts, generate
 
-BASE = Decoding(12, 4, 12, 0.7, prefix_cache=True)
-CACHED = {
-    "refresh": replace(BASE, refresh=2),
-    "dual": replace(BASE, dual_cache=True),
-    "dual, refresh": replace(BASE, dual_cache=True, refresh=3),
-    "one block, refresh": replace(BASE, block_length=12, refresh=5),
-    "Dream, dual": Decoding(
-        12, 6, 6, 1.0, entropy_order, 0.9, 0.1, dream_schedule, prefix_cache=True, refresh=2, dual_cache=True
-    ),
-    "threshold, dual, refresh": replace(BASE, block_length=6, threshold=0.5, refresh=2, dual_cache=True),
-    "early stop, dual": replace(BASE, early_stop=True, dual_cache=True),
-}
 EACH = pytest.mark.parametrize("decoding", CACHED.values(), ids=CACHED)
 
 
