@@ -48,16 +48,17 @@ class Passes:
     def __add__(self, other: "Passes") -> "Passes":
         pairs = None if self.pairs is other.pairs is None else self.attended + other.attended
         sums = (self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
-        return Passes(*sums, pairs, self.known + other.known)
+        return Passes(*sums, pairs, known=self.known + other.known)
 
     def __mul__(self, n: float) -> "Passes":
         pairs = None if self.pairs is None else self.pairs * n
-        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n, pairs, self.known * n)
+        sizes = (self.calls * n, self.rows * n, self.width, self.positions * n)
+        return Passes(*sizes, pairs, known=self.known * n)
 
 
 def pass_of(rows: float, tokens: int, keys: int, width: int, positions: float = 0) -> Passes:
     """One pass of some rows that computes ``tokens`` of each, which may attend to ``keys``, themselves included."""
-    return Passes(1, rows * tokens / width, width, positions, rows * tokens * keys, rows * (keys - tokens))
+    return Passes(1, rows * tokens / width, width, positions, rows * tokens * keys, known=rows * (keys - tokens))
 
 
 def hidden_in_steps(decoding: Decoding) -> list[float]:
