@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from espo_lightning.lab.leaderboard import interval as mean_interval
+from espo_lightning.lab.evidence import interval as mean_interval
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs/results/fit.json"
