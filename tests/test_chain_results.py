@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "website"))
 
-import results  # noqa: E402
+import results
 
-from espo_lightning.lab.evidence import interval  # noqa: E402
+from espo_lightning.lab.evidence import interval
 
 
 def gained(measure: str) -> list[float]:
