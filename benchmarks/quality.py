@@ -57,8 +57,8 @@ class Recipe:
     betas: tuple[float, float]
 
     def passes(self, spared: bool) -> int:
-        """Forward passes of a completion in a rollout and its updates, a trained one counted as three: steps; old policy
-        and reference; updates. ``spared``: without the old policy's for the first update, as the library does."""
+        """Forward passes of a completion in a rollout and its updates, a trained one counted as three: steps; old
+        policy and reference; updates. ``spared``: without the old policy's for the first update, as the library does."""
         pairs = 2 * self.draws
         old = self.updates - 1 if spared else self.updates
         reference = self.updates if self.beta else 0
@@ -192,7 +192,8 @@ def run(side: str, rate: float, seed: int, limit: int) -> dict:
     trainer, recipe = SIDES[side]
     curve = trainer(recipe, rate, seed, limit)
     best = max(accuracy for _, accuracy in curve)
-    return {**moment(curve), "best": best, "passes": recipe.passes(spared=trainer is library), "limit": limit, "curve": curve}
+    passes = recipe.passes(spared=trainer is library)
+    return {**moment(curve), "best": best, "passes": passes, "limit": limit, "curve": curve}
 
 
 def choose(needed: Callable[[float, int, int], float | None], limit: int) -> float | None:
