@@ -58,7 +58,7 @@ class Recipe:
 
     def passes(self, spared: bool) -> int:
         """Forward passes of a completion in a rollout and its updates, a trained one counted as three: steps; old
-        policy and reference; updates. ``spared``: without the old policy's for the first update, as the library does."""
+        policy and reference; updates. ``spared``: without the old policy's for the first update, as the library."""
         pairs = 2 * self.draws
         old = self.updates - 1 if spared else self.updates
         reference = self.updates if self.beta else 0
