@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from measure import in_fresh_process, summary
+from measure import host, in_fresh_process, summary
 from step import PHASES, SIDES, peak_memory, time_all
 from workloads import Setting, Workload
 
@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "growth.json")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"host": host(), "rows": []}
+    rows: list[dict] = stored["rows"]
     names = " ".join(f"{side:>22}" for side in SIDES)
     print(f"{'axis':18} {'value':>7} {'option':12} {names}  library / others   MiB")
     for axis in arguments.axes:
@@ -97,7 +98,7 @@ def main() -> None:
                 if row is None:
                     row = case | measure(work, setting, arguments.repeats)
                     rows.append(row)
-                    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+                    arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
                 first = next(r for r in rows if (r["axis"], r["option"]) == (axis, option))
                 print(table(row, first), flush=True)
     draw(rows, arguments.output.with_suffix(".png"))

@@ -3,9 +3,9 @@
 Training until the bundled Sudoku policy solves half of 256 held-out puzzles (greedy). Two recipes, the defaults of
 ``python -m espo_lightning.fit`` and the authors' settings for Sudoku, each run by two trainers, the library and the
 straightforward one, so that what a recipe saves and what code saves can be told apart; and the library with its
-defaults but two tokens a denoising step, as the authors decode. Every side tries the same learning rates on the same
-pilot seeds; those of the reported runs are others. A choice on the edge of the rates is printed as such.
-
+defaults but two tokens a denoising step, as the authors decode. For every recipe the same learning rates are tried on
+the same pilot seeds, by the library, and both trainers take the best one, as they compute the same (`assert_same`);
+the seeds of the reported runs are others.
 A rate's score is the rollouts that its pilots needed together; a pilot is cut off once that cannot be the fewest any
 more, which changes no choice. A choice on the edge of the rates is printed as such. The reported runs take the sides in
 turn, seed by seed.
@@ -220,7 +220,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=30, help="rollouts of a run (default: 30)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the chosen learning rate (default: 5)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="some (default: all)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -238,15 +237,17 @@ def main() -> None:
         print(f"{key:60} rollouts {runs[key]['rollouts']}  best {runs[key]['best']:.3f}", flush=True)
         return runs[key]
 
-    rates = stored["rates"] = {
-        side: choose(lambda rate, seed, limit, side=side: done(side, rate, seed, limit)["rollouts"], options.limit)
-        for side in options.sides
+    pilots = {recipe: side for side, (trainer, recipe) in SIDES.items() if trainer is library}
+    rates = {
+        recipe: choose(lambda rate, seed, limit, side=side: done(side, rate, seed, limit)["rollouts"], options.limit)
+        for recipe, side in pilots.items()
     }
+    stored["rates"] = {side: rates[recipe] for side, (_, recipe) in SIDES.items()}
     for seed in range(10, 10 + options.seeds):
-        for side, rate in rates.items():
+        for side, rate in stored["rates"].items():
             if rate:
                 done(side, rate, seed, options.limit)
-    for side, rate in rates.items():
+    for side, rate in stored["rates"].items():
         edge = " (on the edge of the rates)" if rate in (min(RATES), max(RATES)) else ""
         print(f"{side}: learning rate {rate}{edge}")
     options.output.write_text(json.dumps(stored, indent=1) + "\n")

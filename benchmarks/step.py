@@ -7,7 +7,6 @@ other versions in a callback between its batches. Prints a table, writes JSON.
 import argparse
 import json
 import logging
-import platform
 import tempfile
 import time
 import warnings
@@ -21,7 +20,8 @@ import competent
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from measure import in_fresh_process, matmul_peak, random_policy, resident_peak, summary, user_seconds
+from measure import host, in_fresh_process, matmul_peak, random_policy, resident_peak, summary, user_seconds
+from startup import ROOT, commit
 from straightforward import Straightforward, assert_same
 from workloads import BETA, CLIP, OF_THE_WORKLOAD, ROWS, SIZES, Setting, Workload
 
@@ -260,7 +260,6 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = {name: n for name in OF_THE_WORKLOAD if (n := getattr(arguments, name)) is not None}
     names, repeats = (arguments.rows[:1], 2) if arguments.quick else (arguments.rows, arguments.repeats)
-    machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(HEADER)
@@ -269,7 +268,7 @@ def main() -> None:
             work, setting = ROWS[name]
             rows.append(measure(name, replace(work, size=size, **chosen), setting, repeats))
             print(table(rows[-1]), flush=True)
-            result = {**machine, "torch": torch.__version__, "rows": rows}
+            result = {"host": host(), "commit": commit(ROOT), "repeats": repeats, "rows": rows}
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {arguments.output}")
 
