@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from measure import host, in_fresh_process, summary
-from step import PHASES, SIDES, peak_memory, time_all
+from step import PHASES, SIDES, ratios, time_all
 from workloads import Setting, Workload
 
 BASE = Workload(prompts=2, group=4, updates=4)
@@ -33,22 +33,19 @@ OPTIONS = {"": Setting(), "masks once": Setting(same_work=False, module={"fresh_
 
 
 def measure(work: Workload, setting: Setting, repeats: int) -> dict:
-    """Seconds and MiB of all sides."""
+    """Seconds of all sides."""
     sides, _, _ = in_fresh_process(time_all, work, setting, repeats)
-    row = {}
-    for side, runs in sides.items():
-        row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
-        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side)
-    return row
+    phases = ("step", *PHASES)
+    row = {side: {key: summary([run[key] for run in runs[1:]]) for key in phases} for side, runs in sides.items()}
+    return row | {"ratio": ratios(sides)}
 
 
 def table(row: dict, first: dict) -> str:
     """A line; ``first`` is the row of the axis' first value."""
     seconds = [row[side]["step"]["median"] for side in SIDES]
     shown = " ".join(f"{s:10.2f} s ({s / first[side]['step']['median']:5.2f} x)" for s, side in zip(seconds, SIDES))
-    ratios = " ".join(f"{seconds[-1] / s:7.2f}" for s in seconds[:-1])
-    memory = " ".join(f"{row[side]['peak_MiB']:6.0f}" for side in SIDES)
-    return f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown} {ratios} {memory}"
+    others = " ".join(f"{ratio['step']['median']:7.2f}" for ratio in row["ratio"].values())
+    return f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown} {others}"
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -87,7 +84,7 @@ def main() -> None:
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"host": host(), "rows": []}
     rows: list[dict] = stored["rows"]
     names = " ".join(f"{side:>22}" for side in SIDES)
-    print(f"{'axis':18} {'value':>7} {'option':12} {names}  library / others   MiB")
+    print(f"{'axis':18} {'value':>7} {'option':12} {names}  library / others")
     for axis in arguments.axes:
         for work in AXES[axis]:
             for option, setting in OPTIONS.items():
