@@ -74,19 +74,35 @@ def cells(values: Iterable[float]) -> str:
     return " | ".join(f"{value:.3f}" for value in values)
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Accuracies by rollouts, and shares of the CPU seconds, as Markdown."""
+def accuracies(runs: dict[str, dict]) -> str:
+    """Held-out accuracy by rollouts, as Markdown, and what the last 10, 20, ... rollouts gained over the seeds."""
     lines = [f"| seed | {' | '.join(map(str, LOOKS))} |", f"|---{'|---' * len(LOOKS)}|"]
     for seed, found in runs.items():
         lines.append(f"| {seed} | {cells(found['exact'][str(n)] for n in LOOKS)} |")
     means = [statistics.mean(found["exact"][str(n)] for found in runs.values()) for n in LOOKS]
-    lines += [f"| mean | {cells(means)} |", ""]
-    lines += ["| phase | user CPU s, median | share |", "|---|---|---|"]
-    whole = statistics.median(sum(found["cpu_seconds"].values()) for found in runs.values())
-    for phase in next(iter(runs.values()))["cpu_seconds"]:
-        middle = statistics.median(found["cpu_seconds"][phase] for found in runs.values())
-        lines.append(f"| {phase} | {middle:.1f} | {middle / whole:.0%} |")
-    return "\n".join(lines)
+    lines.append(f"| mean | {cells(means)} |")
+    gains = []
+    for n in LOOKS[:-1]:
+        middle, half = gain([found["exact"]["50"] - found["exact"][str(n)] for found in runs.values()])
+        gains.append(f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]")
+    return "\n".join([*lines, f"| 50 minus this | {' | '.join(gains)} | |"])
+
+
+def gain(differences: list[float]) -> tuple[float, float]:
+    """Mean of paired differences, and half of its 95 % interval by Student's t."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}[len(differences)]
+    return statistics.mean(differences), quantile * statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def phases(runs: dict[str, dict]) -> str:
+    """User CPU seconds by phase, medians over the seeds, and their shares, as Markdown."""
+    lines = ["| phase | user CPU s, median | share |", "|---|---|---|"]
+    medians = {
+        phase: statistics.median(found["cpu_seconds"][phase] for found in runs.values())
+        for phase in next(iter(runs.values()))["cpu_seconds"]
+    }
+    whole = sum(medians.values())
+    return "\n".join([*lines, *(f"| {phase} | {s:.1f} | {s / whole:.0%} |" for phase, s in medians.items())])
 
 
 def main() -> None:
@@ -103,7 +119,7 @@ def main() -> None:
 
     stored["host"] = host()
     output.write_text(json.dumps(stored, indent=1) + "\n")
-    print(table(stored["runs"]))
+    print(accuracies(stored["runs"]), phases(stored["runs"]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""The tables of docs/speed.md, benchmarks/NOTES.md and benchmarks/README.md, from `benchmarks/results/`.
+
+    python benchmarks/tables.py        # writes them anew, each behind a comment that names it; a test compares
+
+A ratio is that of the library to the version named, below 1 where the library takes less: of steps in turn, the median
+and in brackets the range.
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+import default_run
+import startup
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "docs/speed.md", ROOT / "benchmarks/NOTES.md", ROOT / "benchmarks/README.md")
+
+
+def stored(name: str) -> dict:
+    """A file of `benchmarks/results`."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is words."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def spread(of: dict[str, float], digits: int = 2) -> str:
+    """Median and range."""
+    return f"{of['median']:.{digits}f} [{of['min']:.{digits}f}, {of['max']:.{digits}f}]"
+
+
+def step() -> str:
+    """Every row of `step.py`."""
+    head = ["setting", "straightforward, s", "competent, s", "library, s", "library / competent", "/ straightforward"]
+    rows = []
+    for row in stored("step")["rows"]:
+        seconds = [f"{row[side]['step']['median']:.2f}" for side in ("straightforward", "competent")]
+        ratios = [spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward")]
+        rows.append([row["name"], *seconds, spread(row["library"]["step"]), *ratios])
+    return markdown(head, rows)
+
+
+def growth() -> str:
+    """The axes of `growth.py` that were measured."""
+    head = ["", "straightforward, s", "competent, s", "library, s", "library / competent", "/ straightforward"]
+    rows = []
+    for row in stored("growth")["rows"]:
+        seconds = [f"{row[side]['step']['median']:.2f}" for side in ("straightforward", "competent", "library")]
+        ratios = [spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward")]
+        rows.append([f"{row['axis']} {row['value']:,}", *seconds, *ratios])
+    return markdown(head, rows)
+
+
+def larger() -> str:
+    """Other sizes of network, measured before there was a competent version."""
+    head = ["size, M", "straightforward, s", "library, s", "library / straightforward", "share of the matmul peak"]
+    rows = []
+    for row in stored("step_0.45M")["rows"] + stored("step_large")["rows"]:
+        seconds = [spread(row[side]["step"]) for side in ("straightforward", "library")]
+        share = f"{row['library']['share_of_peak']:.0%}"
+        rows.append([f"{row['size']}, {row['draws']}", *seconds, f"{row['ratio']['step']['median']:.2f}", share])
+    return markdown(head, rows)
+
+
+def authors() -> str:
+    """What was measured beside the authors' own trainer."""
+    sides = ("library", "straightforward")
+    rows = [
+        [row["setting"], *(" to ".join(f"{ratio:.2f}" for ratio in row[side] or []) for side in sides)]
+        for row in stored("authors")["rows"]
+    ]
+    return markdown(["setting", "library / authors", "straightforward / authors"], rows)
+
+
+def quality() -> str:
+    """Rollouts and CPU seconds until one half, by side; a seed without is shown as -."""
+    found = stored("quality")
+    head = ["", "learning rate", "rollouts, by seed", "median", "user CPU s, median", "CPU s of a rollout", "passes"]
+    rows = []
+    for side, rate in found["rates"].items():
+        runs = finals(found, side)
+        needed = [run["rollouts"] for run in runs]
+        shown = ", ".join("-" if n is None else f"{n:.1f}" for n in needed)
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        each = median(run["curve"][-1][0] / (len(run["curve"]) - 1) for run in runs)
+        middle = [f"{median(n for n in needed if n is not None):.1f}", f"{median(seconds):.1f}", f"{each:.2f}"]
+        rows.append([side, f"{rate:g}", shown, *middle, str(runs[0]["passes"])])
+    return markdown(head, rows)
+
+
+def finals(found: dict, side: str) -> list[dict]:
+    """The reported runs of a side, by seed."""
+    named = re.compile(rf"{re.escape(side)} lr=\S+ seed=1\d$")  # 10 to 19; pilots have three digits
+    return [run for key, run in found["runs"].items() if named.match(key)]
+
+
+def default() -> str:
+    """Accuracies of the default run by rollouts."""
+    return default_run.accuracies(stored("default_run")["runs"])
+
+
+def where() -> str:
+    """Where the CPU seconds of the default run go."""
+    return default_run.phases(stored("default_run")["runs"])
+
+
+def start() -> str:
+    """How long programs take to start."""
+    return startup.table(stored("startup")["cpu_seconds"])
+
+
+def wide() -> str:
+    """Rollouts with a large vocabulary."""
+    found = stored("wide_vocabulary")
+    rows = []
+    for name, speed in found["tokens_per_second"].items():
+        verdict = found["settings"].get(name)
+        shown = [f"{verdict['exact']:.3f}", f"{verdict['passes']:.1f}"] if verdict else ["", ""]
+        own = found["tokens_per_second"]["full"]["median"]
+        rows.append([f"library, {name}" if verdict else name, spread(speed, 0), f"{own / speed['median']:.2f}", *shown])
+    return markdown(["", "tokens per user CPU s", "library, full / this", "exact", "passes"], rows)
+
+
+def memory() -> str:
+    """Peak memory of one pass, of the rows with LLaDA's vocabulary."""
+    rows = []
+    for row in stored("memory")["rows"]:
+        head = "frozen" if row["frozen"] else "trained"
+        case = f"{row['batch']} x ({row['prompt']} + {row['length']}), d {row['hidden']}, {row['vocabulary']:,}, {head}"
+        ratios = [f"{row['library'] / row[side]:.2f}" for side in ("competent", "straightforward")]
+        rows.append([case, *(f"{row[side]:.0f}" for side in ("straightforward", "competent", "library")), *ratios])
+    return markdown(["case", "straightforward, MiB", "competent", "library", "/ competent", "/ straightforward"], rows)
+
+
+def thresholds() -> str:
+    """Passes and accuracy of confidence thresholds."""
+    shown = (None, 0.5, 0.7, 0.9, 0.99)
+    head = ["task, block", *("full" if bar is None else str(bar) for bar in shown)]
+    rows = []
+    for name, file, part, curve, block in curves("threshold"):
+        of = {row["threshold"]: f"{row['passes']:.1f}, {row['exact']:.3f}" for row in stored(file)[part][curve]}
+        rows.append([f"{name}, {block}", *(of[bar] for bar in shown)])
+    return markdown(head, rows)
+
+
+def prefix() -> str:
+    """What the prefix cache changes."""
+    rows = []
+    for name, file, part, curve, block in curves("prefix_cache"):
+        found = stored(file)[part][curve]
+        exact = [f"{found[side]['exact']:.3f}" for side in ("full", "cached")]
+        rows.append([f"{name}, {block}", f"{found['changed_completions']:.0%}", *exact])
+    return markdown(["task, block", "changed completions", "exact, full", "exact, cached"], rows)
+
+
+def curves(part: str) -> list[tuple[str, str, str, str, int]]:
+    """Words, file, task and key of every policy, in blocks of 4 and in one."""
+    policies = [("Sudoku", "decoding", "sudoku", 16), ("Sudoku, trained", "decoding_trained", "sudoku", 16)]
+    policies += [("Countdown", "decoding", "countdown", 12)]
+    return [
+        (*policy, f"{part}{end}", size) for *policy, whole in policies for end, size in (("", 4), ("_one_block", whole))
+    ]
+
+
+def threads() -> str:
+    """Seconds of two threads over those of one, of a rollout and its updates."""
+
+    def both(row: dict, clock: str) -> str:
+        one, two = (sum(row[n][phase][clock]["median"] for phase in ("rollout", "update")) for n in "12")
+        return f"{two / one:.2g}" if two / one >= 2 else f"{two / one:.2f}"
+
+    spinning, passive = ({row["size"]: row for row in stored(f)["rows"]} for f in ("threads", "threads_passive"))
+    rows = []
+    for size, row in spinning.items():
+        sleeping = [both(passive[size], clock) if size in passive else "" for clock in ("cpu", "wall")]
+        rows.append([size, both(row, "cpu"), both(row, "wall"), *sleeping])
+    return markdown(["policy", "processor, spinning", "wall, spinning", "processor, sleeping", "wall, sleeping"], rows)
+
+
+def kernels() -> str:
+    """Shares of a pass by kind of kernel."""
+    found = stored("kernels")["shares"]
+    rows = [[kind, *(f"{found[run][kind]:.0%}" for run in found)] for kind in found["forward"]]
+    return markdown(["", "forward", "forward and backward"], rows)
+
+
+def bfloat16() -> str:
+    """Milliseconds of a pass by type, attention and compilation."""
+    found = stored("kernels")["milliseconds"]
+    rows = [[name, *(spread(of[run], 0) for run in ("forward", "trained"))] for name, of in found.items()]
+    return markdown(["user CPU ms", "forward", "forward and backward"], rows)
+
+
+TABLES = {
+    function.__name__: function
+    for function in (
+        *(step, growth, larger, authors, quality, default, where, start, wide, memory),
+        *(thresholds, prefix, threads, kernels, bfloat16),
+    )
+}
+
+
+def written(page: Path) -> str:
+    """A page with its tables as they should be."""
+    return re.sub(
+        r"<!-- table: (\w+) -->\n+(?:\|.*\n)*",
+        lambda match: f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n",
+        page.read_text(),
+    )
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(written(page))
