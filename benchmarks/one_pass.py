@@ -1,6 +1,6 @@
 """Where the time of one pass goes, by kernel, and what bfloat16, eager attention and compilation change.
 
-    OMP_NUM_THREADS=1 python benchmarks/kernels.py
+    OMP_NUM_THREADS=1 python benchmarks/one_pass.py
 
 24 rows of 64 tokens through a random policy of 0.87M parameters, forward alone and forward with backward. Shares are
 those of torch's profiler in float32; milliseconds are user CPU time, the settings in turn. Prints two tables, writes
@@ -70,7 +70,7 @@ def shares(run: Callable[[], None]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="of every setting (default: 7)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "one_pass.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = {name: passes(*setting) for name, setting in SETTINGS.items()}

@@ -1,6 +1,6 @@
 """The tables of docs/speed.md, benchmarks/NOTES.md and benchmarks/README.md, from `benchmarks/results/`.
 
-    python benchmarks/tables.py        # writes them anew, each behind a comment that names it; a test compares
+    python benchmarks/speed_tables.py        # writes them anew, each behind a comment that names it; a test compares
 
 A ratio is that of the library to the version named, below 1 where the library takes less: of steps in turn, the median
 and in brackets the range.
@@ -15,6 +15,21 @@ import default_run
 import startup
 
 ROOT = Path(__file__).parents[1]
+WORDS = {  # what the rows of `step.py` are called where nobody knows them
+    "M=1": "the same float32 work, M = 1",
+    "M=2": "M = 2",
+    "M=1, 3 x 4": "M = 1 in 4 micro-batches",
+    "M=2, 3 x 4": "M = 2 in 4 micro-batches",
+    "compile": "M = 1, `--model.compile=inductor`",
+    "M=2, compile": "M = 2, `--model.compile=inductor`",
+    "reused masks": "masks once per rollout (`--model.fresh_masks=false`)",
+    "beta=0, skip groups": "no penalty (β = 0), groups without variance skipped",
+    "both": "both of these",
+    "bf16": "bfloat16 weights",
+    "bf16, eager": "bfloat16 weights, eager attention",
+    "all of these": "masks once, β = 0, bfloat16, eager attention, compiled",
+}
+PHASES = ("rollout", "score", "update")
 RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "docs/speed.md", ROOT / "benchmarks/NOTES.md", ROOT / "benchmarks/README.md")
 
@@ -45,6 +60,25 @@ def step() -> str:
     return markdown(head, rows)
 
 
+def steps() -> str:
+    """The ratios of `step` alone."""
+    rows = []
+    for row in stored("step")["rows"]:
+        rows.append(
+            [WORDS[row["name"]], *(spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward"))]
+        )
+    return markdown(["library /", "competent", "straightforward"], rows)
+
+
+def growths() -> str:
+    """The ratios of `growth` alone."""
+    rows = []
+    for row in stored("growth")["rows"]:
+        ratios = [spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward")]
+        rows.append([f"{row['axis']} {row['value']:,}", *ratios])
+    return markdown(["library /", "competent", "straightforward"], rows)
+
+
 def growth() -> str:
     """The axes of `growth.py` that were measured."""
     head = ["", "straightforward, s", "competent, s", "library, s", "library / competent", "/ straightforward"]
@@ -54,6 +88,20 @@ def growth() -> str:
         ratios = [spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward")]
         rows.append([f"{row['axis']} {row['value']:,}", *seconds, *ratios])
     return markdown(head, rows)
+
+
+def second_draw() -> str:
+    """What M = 2 adds where decoding dominates, measured before there was a competent version."""
+    rows = stored("growth_long")
+    sides = [("straightforward", "straightforward", ""), ("library", "library", "")]
+    sides.append(("library, masks once per rollout", "library", "masks once"))
+    lines = []
+    for name, side, option in sides:
+        one, two = (row[side] for row in rows if row["option"] == option)
+        parts = [" + ".join(f"{m[phase]['median']:.1f}" for phase in PHASES) for m in (one, two)]
+        added = two["step"]["median"] / one["step"]["median"] - 1
+        lines.append([name, *parts, f"{added:+.0%}"])
+    return markdown(["rollout + scoring + updates, s", "M = 1", "M = 2", "the second draw, of a step"], lines)
 
 
 def larger() -> str:
@@ -71,7 +119,7 @@ def authors() -> str:
     """What was measured beside the authors' own trainer."""
     sides = ("library", "straightforward")
     rows = [
-        [row["setting"], *(" to ".join(f"{ratio:.2f}" for ratio in row[side] or []) for side in sides)]
+        [row["setting"], *(" to ".join(f"{n:.2f}" if n < 2 else f"{n:g}" for n in row[side] or []) for side in sides)]
         for row in stored("authors")["rows"]
     ]
     return markdown(["setting", "library / authors", "straightforward / authors"], rows)
@@ -184,14 +232,14 @@ def threads() -> str:
 
 def kernels() -> str:
     """Shares of a pass by kind of kernel."""
-    found = stored("kernels")["shares"]
+    found = stored("one_pass")["shares"]
     rows = [[kind, *(f"{found[run][kind]:.0%}" for run in found)] for kind in found["forward"]]
     return markdown(["", "forward", "forward and backward"], rows)
 
 
 def bfloat16() -> str:
     """Milliseconds of a pass by type, attention and compilation."""
-    found = stored("kernels")["milliseconds"]
+    found = stored("one_pass")["milliseconds"]
     rows = [[name, *(spread(of[run], 0) for run in ("forward", "trained"))] for name, of in found.items()]
     return markdown(["user CPU ms", "forward", "forward and backward"], rows)
 
@@ -199,7 +247,7 @@ def bfloat16() -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        *(step, growth, larger, authors, quality, default, where, start, wide, memory),
+        *(step, steps, growth, growths, second_draw, larger, authors, quality, default, where, start, wide, memory),
         *(thresholds, prefix, threads, kernels, bfloat16),
     )
 }
