@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Trace
-from espo_lightning.decoding.masked import Decoding, _note, _proposer, end, step_noise
+from espo_lightning.decoding.masked import Decoding, _note, _proposer, end
+from espo_lightning.decoding.noise import step_noise
+from espo_lightning.decoding.proposals import require_finite
 from espo_lightning.decoding.schedules import Step, commit
 
 
@@ -106,6 +108,7 @@ class _Canvas:
     """Prompts and canvases in slots, and the passes over them; see `Slots`. ids: int64 [B, T]."""
 
     def __init__(self, policy, prompts, decoding: BlockDecoding):
+        policy.check_tokens(prompts.ids.shape[1] + decoding.length)
         self.policy, self.slots = policy, policy.layout.slots(prompts, decoding.length)
         canvas = F.pad(prompts.ids, (0, decoding.length), value=policy.mask_id)
         self.ids, self.owned = self.slots.show(canvas, empty=policy.mask_id), self.slots.owned()
@@ -172,7 +175,8 @@ def decode_blocks(
         Token ids [B, L] without a mask token, and their trace.
     """
     canvas, length, plan = _Canvas(policy, prompts, decoding), decoding.length, decoding.plan
-    slots, propose = canvas.slots, _proposer(decoding, canvas.ids.new_tensor(policy.mask_id), traced)
+    finite: list[Tensor] = []
+    slots, propose = canvas.slots, _proposer(decoding, canvas.ids.new_full((), policy.mask_id), traced, finite.append)
     everyone = torch.arange(len(canvas.ids), device=keys.device)
     steps, nats = torch.full_like(canvas.ids, -1), torch.zeros(canvas.ids.shape, device=keys.device)  # of the trace
     ask = decoding.data_dependent or policy.layout.origin == "global"  # then blocks differ from prompt to prompt
@@ -205,5 +209,6 @@ def decode_blocks(
             taken += 1
             if decoding.early_stop:
                 canvas.stop_ended(rows)
+    require_finite(torch.cat(finite))
     completion, *trace = (x.gather(1, slots.where) for x in (canvas.ids, steps, nats))
     return completion, Trace(*trace) if traced else None
