@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder, Trace
-from espo_lightning.decoding.noise import steps_noise, true_places
 from espo_lightning.decoding.orders import POLICY_FREE, low_confidence, perturb, random_order
 from espo_lightning.decoding.proposals import entropy, greedy_tokens, require_finite, sample_tokens, warp
 from espo_lightning.decoding.schedules import Step, commit, even_schedule
+from espo_lightning.decoding.steps import needing, steps_noise, true_places
 from espo_lightning.keys import fold_in, randint, uniform
 from espo_lightning.ranges import check_whole
 
@@ -264,12 +264,12 @@ def _unmask(
             count, left = left * len(rows), left - step.count
             if not decoding.foreseen:
                 each = hidden.sum(1).tolist()  # the one time that a step waits for the device
-                needed, count = [tokens > 0 for tokens in each], sum(each)
-                if decoding.data_dependent and not agree(any(needed)):
+                count = sum(each)
+            if decoding.data_dependent:
+                if not agree(count > 0):
                     break
-                if decoding.data_dependent and not all(needed):
-                    keep = torch.nonzero_static(hidden.any(1), size=sum(needed)).squeeze(1)
-                    keep = keep if count else everyone[:1]
+                if not all(each):
+                    keep = needing(hidden, each)
                     rows, hidden = rows[keep], hidden[keep]
                     for prefix in cached.values():
                         prefix.keep(keep)

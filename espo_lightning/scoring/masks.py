@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espo_lightning.keys import fold_in, randint, randints, random_bits, random_subset, uniform
+from espo_lightning.keys import fold_in, randint, randints, random_bits, random_subset, real, uniform
 
 
 class Masks(NamedTuple):
@@ -172,7 +172,8 @@ def quadrature_masks(keys: Tensor, length: int, nodes: int) -> Masks:
     draw = torch.arange(nodes, device=keys.device).unsqueeze(-1)
     hidden = random_subset(fold_in(fold_in(keys, -5), draw), counts.expand(-1, len(keys)), length)
     # score = mean over the draws, hence the factor `nodes`; leggauss weights sum to 2
-    scale = torch.tensor(node_weights, device=keys.device).unsqueeze(-1) / 2 * nodes * length / counts
+    node_weights = torch.tensor(node_weights, dtype=real(keys.device), device=keys.device)
+    scale = node_weights.unsqueeze(-1) / 2 * nodes * length / counts
     return Masks(hidden, torch.where(hidden, scale.unsqueeze(-1), 0.0).float(), False)
 
 

@@ -1,4 +1,7 @@
-"""The uniforms of denoising steps, and the places that they are for. Everything random is keyed."""
+"""What a denoising step begins with: its uniforms, and where they belong. Everything random is keyed.
+
+Nothing here waits for the device.
+"""
 
 from collections.abc import Callable
 
@@ -44,5 +47,15 @@ def steps_noise(keys: Tensor, numbers: range, places: Tensor, length: int) -> Ca
 
 
 def true_places(mask: Tensor, count: int) -> Tensor:
-    """Where a mask is true, ``count`` times, as indices of it flattened: int64 [count]. No device is waited for."""
+    """Where a mask is true, ``count`` times, as indices of it flattened: int64 [count]."""
     return torch.nonzero_static(mask.flatten(), size=count).squeeze(1)
+
+
+def needing(hidden: Tensor, each: list[int]) -> Tensor:
+    """Rows that have hidden positions, or the first if none has: bool [n, l] -> int64 [k].
+
+    Args:
+        each: how many positions are hidden in every row.
+    """
+    count = sum(map(bool, each))
+    return true_places(hidden.any(1), count) if count else torch.zeros(1, dtype=torch.int64, device=hidden.device)
