@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, benchmarks/NOTES.md and benchmarks/README.md, from `benchmarks/results/`.
+"""The tables of speed on the pages below (`PAGES`), from `benchmarks/results/`.
 
     python benchmarks/speed_tables.py        # writes them anew, each behind a comment that names it; a test compares
 
@@ -7,6 +7,7 @@ and in brackets the range.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,9 @@ WORDS = {  # what the rows of `step.py` are called where nobody knows them
 }
 PHASES = ("rollout", "score", "update")
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "docs/speed.md", ROOT / "benchmarks/NOTES.md", ROOT / "benchmarks/README.md")
+PAGES = tuple(
+    ROOT / page for page in ("docs/speed.md", "docs/results.md", "benchmarks/NOTES.md", "benchmarks/README.md")
+)
 
 
 def stored(name: str) -> dict:
@@ -141,6 +144,26 @@ def quality() -> str:
     return markdown(head, rows)
 
 
+PAIRS = [  # sides of `quality`, of which the first's numbers are divided by the second's
+    ("library, defaults", "straightforward, defaults"),
+    ("library, authors' settings", "straightforward, authors' settings"),
+    ("library, defaults with two tokens a step", "library, authors' settings"),
+    ("library, defaults with two tokens a step", "straightforward, authors' settings"),
+]
+
+
+def pairs() -> str:
+    """Ratios of two sides over the seeds that both brought to one half: geometric means with 95 % intervals."""
+    found, rows = stored("quality"), []
+    for one, other in PAIRS:
+        both = [(a, b) for a, b in zip(finals(found, one), finals(found, other)) if a["rollouts"] and b["rollouts"]]
+        rows.append([f"{one} / {other}", str(len(both))])
+        for key in ("rollouts", "seconds"):
+            middle, half = default_run.gain([math.log(a[key] / b[key]) for a, b in both])
+            rows[-1].append("{:.2f} [{:.2f}, {:.2f}]".format(*map(math.exp, (middle, middle - half, middle + half))))
+    return markdown(["", "seeds", "rollouts", "user CPU seconds"], rows)
+
+
 def finals(found: dict, side: str) -> list[dict]:
     """The reported runs of a side, by seed."""
     named = re.compile(rf"{re.escape(side)} lr=\S+ seed=1\d$")  # 10 to 19; pilots have three digits
@@ -209,7 +232,6 @@ def prefix() -> str:
 def curves(part: str) -> list[tuple[str, str, str, str, int]]:
     """Words, file, task and key of every policy, in blocks of 4 and in one."""
     policies = [("Sudoku", "decoding", "sudoku", 16), ("Sudoku, trained", "decoding_trained", "sudoku", 16)]
-    policies += [("Countdown", "decoding", "countdown", 12)]
     return [
         (*policy, f"{part}{end}", size) for *policy, whole in policies for end, size in (("", 4), ("_one_block", whole))
     ]
@@ -247,7 +269,22 @@ def bfloat16() -> str:
 TABLES = {
     function.__name__: function
     for function in (
-        *(step, steps, growth, growths, second_draw, larger, authors, quality, default, where, start, wide, memory),
+        *(
+            step,
+            steps,
+            growth,
+            growths,
+            second_draw,
+            larger,
+            authors,
+            quality,
+            pairs,
+            default,
+            where,
+            start,
+            wide,
+            memory,
+        ),
         *(thresholds, prefix, threads, kernels, bfloat16),
     )
 }

@@ -265,7 +265,8 @@ def main() -> None:
             if row is None:
                 row = measure(name, replace(work, size=size, **chosen), setting, repeats) | {"commit": commit(ROOT)}
                 stored["rows"].append(row)
-                arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
+                # an objective among the arguments of the module has functions
+                arguments.output.write_text(json.dumps(stored, indent=1, default=lambda f: f.__name__) + "\n")
             print(table(row), flush=True)
     print(f"written to {arguments.output}")
 
