@@ -25,7 +25,7 @@ WORDS = {  # what the rows of `step.py` are called where nobody knows them
     "M=2, compile": "M = 2, `--model.compile=inductor`",
     "reused masks": "masks once per rollout (`--model.fresh_masks=false`)",
     "beta=0, skip groups": "no penalty (β = 0), groups without variance skipped",
-    "both": "both of these",
+    "both": "masks once per rollout, β = 0, groups without variance skipped",
     "bf16": "bfloat16 weights",
     "bf16, eager": "bfloat16 weights, eager attention",
     "all of these": "masks once, β = 0, bfloat16, eager attention, compiled",
@@ -194,7 +194,7 @@ def wide() -> str:
         shown = [f"{verdict['exact']:.3f}", f"{verdict['passes']:.1f}"] if verdict else ["", ""]
         own = found["tokens_per_second"]["full"]["median"]
         rows.append([f"library, {name}" if verdict else name, spread(speed, 0), f"{own / speed['median']:.2f}", *shown])
-    return markdown(["", "tokens per user CPU s", "library, full / this", "exact", "passes"], rows)
+    return markdown(["", "tokens per user CPU s", "speed of library, full, over this", "exact", "passes"], rows)
 
 
 def memory() -> str:
@@ -292,10 +292,13 @@ TABLES = {
 
 def written(page: Path) -> str:
     """A page with its tables as they should be."""
-    return re.sub(
-        r"<!-- table: (\w+) -->\n+(?:\|.*\n)*",
-        lambda match: f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n",
-        page.read_text(),
+    return (
+        re.sub(
+            r"<!-- table: (\w+) -->\n+(?:\|.*\n)*\n*",
+            lambda match: f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n",
+            page.read_text(),
+        ).rstrip("\n")
+        + "\n"
     )
 
 
