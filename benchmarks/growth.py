@@ -51,8 +51,9 @@ def table(row: dict, first: dict) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """One panel per axis, all sides, seconds per step; median and range of the repeats."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
+    rows_of, columns = min(2, len(axes)), -(-len(axes) // 2)
     figure, panels = plt.subplots(
-        2, -(-len(axes) // 2), figsize=(8, 4.6), layout="constrained", sharey=True, squeeze=False
+        rows_of, columns, figsize=(8, 2.3 * rows_of), layout="constrained", sharey=True, squeeze=False
     )
     for axis, panel in zip(axes, panels.flat):
         chosen = [row for row in rows if row["axis"] == axis and not row["option"]]

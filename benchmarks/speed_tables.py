@@ -52,11 +52,16 @@ def spread(of: dict[str, float], digits: int = 2) -> str:
     return f"{of['median']:.{digits}f} [{of['min']:.{digits}f}, {of['max']:.{digits}f}]"
 
 
+def measured_steps() -> list[dict]:
+    """The rows of `step.py`, in the order of `WORDS`."""
+    return sorted(stored("step")["rows"], key=lambda row: list(WORDS).index(row["name"]))
+
+
 def step() -> str:
     """Every row of `step.py`."""
     head = ["setting", "straightforward, s", "competent, s", "library, s", "library / competent", "/ straightforward"]
     rows = []
-    for row in stored("step")["rows"]:
+    for row in measured_steps():
         seconds = [f"{row[side]['step']['median']:.2f}" for side in ("straightforward", "competent")]
         ratios = [spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward")]
         rows.append([row["name"], *seconds, spread(row["library"]["step"]), *ratios])
@@ -66,7 +71,7 @@ def step() -> str:
 def steps() -> str:
     """The ratios of `step` alone."""
     rows = []
-    for row in stored("step")["rows"]:
+    for row in measured_steps():
         rows.append(
             [WORDS[row["name"]], *(spread(row["ratio"][side]["step"]) for side in ("competent", "straightforward"))]
         )
