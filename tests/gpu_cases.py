@@ -13,7 +13,6 @@ from espo_lightning.keys import real
 
 GPU = "mps" if torch.backends.mps.is_available() and not torch.cuda.is_available() else "cuda"
 EVERYWHERE = pytest.mark.parametrize("device", ["cpu", pytest.param(GPU, marks=pytest.mark.gpu)])
-CPU_ONLY = {"accelerator": "cpu", "devices": 1}
 
 
 def trainer_on(device: str) -> dict:

@@ -16,6 +16,7 @@ import gpu
 from gpu_device import SIZES, Enough, Size, Stopwatch
 
 from espo_lightning.lab.network import LLADA_8B, read_network
+from espo_lightning.policies.prefix import HEAD_BYTES
 
 ROOT = Path(__file__).parents[1]
 ROLLOUT = {"measured_steps", "measured_seconds", "tflops", "share_of_measured_peak", "peak_GB", "model_GB"}
@@ -87,6 +88,16 @@ def test_the_cost_model_counts_the_network_that_is_made(tmp_path):
     adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert (network.parameters, network.adapters(size.rank)) == (base, adapters)
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_the_chunks_of_the_head_are_those_that_the_page_says():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    rows = HEAD_BYTES // (4 * LLADA_8B.vocab_size)
+    positions = SIZES["8B"].draws * SIZES["8B"].length  # of a micro-batch of one completion
+    head = 2 * LLADA_8B.vocab_size * LLADA_8B.hidden_size / 1e9
+    assert f"64 MiB of logits are {rows} positions of LLaDA's vocabulary" in page
+    assert f"the head's {head:.2f} GB are read: {-(-positions // rows)} times for the {positions} positions" in page
+    assert f"adapters of rank 128 are {4 * LLADA_8B.adapters(128) / 1e9:.2f} GB" in page
 
 
 def test_a_stopwatch_counts_passes_and_stops_in_time():
