@@ -116,8 +116,9 @@ def test_mixed_precision_keeps_float32_weights_near_those_of_float32(device):
     assert 0.2 < ratio < 5
 
 
-@EVERYWHERE
-@pytest.mark.slow  # compiles
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param(GPU, marks=pytest.mark.gpu)]
+)  # it compiles
 def test_compiled_layers_give_the_same_weights(device):
     backend = {"cpu": "aot_eager", "cuda": "inductor", "mps": "aot_eager"}[device]
     found = []
