@@ -22,6 +22,8 @@ from measure import in_fresh_process, user_seconds
 
 from espo_lightning import ELBO, BlockDecoding, BlockELBO, Decoding, ESPOModule, PromptDataModule, Sudoku, load_policy
 from espo_lightning.keys import fold_in
+from espo_lightning.lab.choice import choose
+from espo_lightning.lab.evidence import interval
 from espo_lightning.tasks.judge import judge
 
 RATES, TUNING_SEED, SEEDS = (1e-4, 3e-4, 1e-3), 100, range(5)
@@ -31,7 +33,6 @@ SIDES = {
     "full": ("bundled:sudoku", Decoding(), ELBO()),
     "blocks": ("bundled:sudoku_block", BlockDecoding(16, 4, 16), BlockELBO(block=4)),
 }
-T_4 = 2.776  # Student's t with 4 degrees of freedom, 95 %
 
 
 class Watch(Callback):
@@ -80,20 +81,15 @@ def reached(curve: list[tuple[float, float]]) -> float:
 
 
 def chosen(runs: dict, side: str) -> float:
-    """The learning rate of the fewest seconds, or the best end. Raises ValueError at an edge of the grid."""
+    """The learning rate of the fewest seconds, or the best end. Raises EdgeChoice at an edge of the grid."""
     curves = {rate: runs[f"{side}, lr {rate:g}, seed {TUNING_SEED}"] for rate in RATES}
-    best = min(RATES, key=lambda rate: (reached(curves[rate]), -curves[rate][-1][1]))
-    if best in (RATES[0], RATES[-1]):
-        raise ValueError(
-            f"{side}: the best rate {best:g} is at an edge of {RATES}: widen the grid, on both sides alike"
-        )
-    return best
+    scores = {(rate,): (-reached(curve), curve[-1][1]) for rate, curve in curves.items()}
+    return choose(scores, [f"{side}: learning rate"])[0]
 
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
     """Mean of five seeds and its 95 % interval."""
-    mean, half = statistics.mean(values), T_4 * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+    return statistics.mean(values), *interval(values)
 
 
 def table(runs: dict) -> str:

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import yaml
 
+from espo_lightning.lab.evidence import ANSWERS
 from espo_lightning.ranges import check_counts
 from espo_lightning.shipped import shipped
 from espo_lightning.training.command_line import run
@@ -41,12 +43,12 @@ FIELDS = {
     "parameters": dict,
     "per_seed": list,  # one dictionary per seed, with its "seed" and "seconds"
     "summary": dict,  # numbers over the seeds that the notebook shows
-    "findings": dict,  # statement -> whether it held
+    "findings": dict,  # statement -> one of `ANSWERS`
     "versions": dict,
     "machine": str,
     "seconds": float,  # of processor time, one core, all seeds together
     "commit": (str, type(None)),
-    "modified": (bool, type(None)),  # whether the package differed from that commit
+    "modified": (bool, type(None)),  # whether the package or the notebook differed from that commit
 }
 
 # ---- what a notebook calls ---------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def _timed(study: Callable[..., dict], seed: int, settings: dict, path: Path | N
 
 
 def save_result(
-    results: str | Path, name: str, *, parameters: dict, per_seed: list[dict], summary: dict, findings: dict[str, bool]
+    results: str | Path, name: str, *, parameters: dict, per_seed: list[dict], summary: dict, findings: dict[str, str]
 ) -> dict:
     """Write ``results/<name>/result.json`` and return it.
 
@@ -157,23 +159,21 @@ def save_result(
         parameters: the notebook's, without `SETTINGS`.
         per_seed: from `over_seeds`.
         summary: numbers over the seeds.
-        findings: the statements of the notebook's expectations, and whether they held.
+        findings: the statements of the notebook's expectations, and what is shown of each, see `lab.evidence`.
 
     Raises:
         ValueError: see `check_result`; nothing is written.
     """
-    commit, modified = _commit()
     result = {
         "name": name,
         "parameters": parameters,
         "per_seed": rounded(per_seed),
         "summary": rounded(summary),
-        "findings": {statement: bool(held) for statement, held in findings.items()},
+        "findings": findings,
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}, CPU",
         "seconds": float(sum(row["seconds"] for row in per_seed)),
-        "commit": commit,
-        "modified": modified,
+        **dict(zip(("commit", "modified"), _commit(name))),
     }
     check_result(result)
     folder = Path(results) / name
@@ -192,7 +192,7 @@ def rounded(value: Any) -> Any:
 
 
 def check_result(result: dict) -> None:
-    """That a result has the fields of `FIELDS`, one row per seed, and no NaN or infinity.
+    """That a result has the fields of `FIELDS`, answers of `ANSWERS`, one row per seed, and no NaN or infinity.
 
     Raises:
         ValueError: naming the field.
@@ -202,6 +202,8 @@ def check_result(result: dict) -> None:
     for field, kind in FIELDS.items():
         if not isinstance(result[field], kind):
             raise ValueError(f"field {field} of a result must be {kind}, got {result[field]!r}")
+    if other := {statement: answer for statement, answer in result["findings"].items() if answer not in ANSWERS}:
+        raise ValueError(f"the answer to a statement must be one of {', '.join(ANSWERS)}, got {other}")
     if len(result["per_seed"]) != result["parameters"].get("seeds"):
         raise ValueError(f"parameters name {result['parameters'].get('seeds')} seeds, got {len(result['per_seed'])}")
     _check_finite(result, "result")
@@ -215,15 +217,12 @@ def _check_finite(value: Any, where: str) -> None:
         _check_finite(item, f"{where}[{key!r}]")
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether the package differs from it; None outside a checkout."""
-    package = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, check=True).stdout
-
+def _commit(name: str) -> tuple[str | None, bool | None]:
+    """The checkout's commit and whether the package or the notebook differs from it; None outside a checkout."""
+    ask = partial(subprocess.check_output, cwd=Path(__file__).parent, text=True, stderr=subprocess.PIPE)
     try:
-        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--", "."))
+        changes = ask(["git", "status", "--porcelain", "--", ".", f":/{FOLDER}/{name}.ipynb"])
+        return ask(["git", "rev-parse", "HEAD"]).strip(), bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

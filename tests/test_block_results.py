@@ -28,7 +28,7 @@ def test_a_best_rate_at_the_edge_is_no_choice(monkeypatch):
         f"full, lr {rate:g}, seed {quality.TUNING_SEED}": [(0.0, 0.0), (float(n), quality.TARGET)]
         for n, rate in enumerate(quality.RATES, 1)
     }
-    with pytest.raises(ValueError, match="at an edge"):
+    with pytest.raises(ValueError, match=r"full: learning rate 0\.0001 is the smallest"):
         quality.chosen(runs, "full")
     runs[f"full, lr {quality.RATES[1]:g}, seed {quality.TUNING_SEED}"] = [(0.0, 0.0), (0.5, 1.0)]
     assert quality.chosen(runs, "full") == quality.RATES[1]

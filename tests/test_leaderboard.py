@@ -16,7 +16,8 @@ from espo_lightning import Decoding, left_to_right, load_policy, low_confidence,
 from espo_lightning import contest as program
 from espo_lightning.contest import enter, plan, presets
 from espo_lightning.keys import fold_in
-from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, ends, interval, order, page, title
+from espo_lightning.lab.evidence import interval
+from espo_lightning.lab.leaderboard import at_edge, best, beyond, boards, difference, ends, order, page, title
 from espo_lightning.lab.methods import make_method, method_settings, read_method
 from espo_lightning.lab.studies import leaderboard as study
 from espo_lightning.lab.studies.compute import Measured
@@ -41,10 +42,7 @@ def test_the_best_learning_rate_and_what_lies_beyond():
     assert beyond([{"lr": 1e-4, "score": 1}, {"lr": 3e-4, "score": 0}], 3) == 3.3e-5
 
 
-def test_intervals_and_differences_paired_by_seed():
-    assert interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.9629, 3 + 1.9629), abs=1e-3)  # 2.776 sqrt(2.5 / 5)
-    with pytest.raises(ValueError, match="from 2 to 16 values, got 1"):
-        interval([1.0])
+def test_differences_are_paired_by_seed():
     entries = {name: {"runs": [{"exact": x} for x in values]} for name, values in RUNS.items()}
     better = difference(entries["better"], entries["ESPO"])
     assert better["shown"] == "above"  # by seed, although the seeds themselves differ far more
@@ -52,6 +50,8 @@ def test_intervals_and_differences_paired_by_seed():
     assert better["interval"] == pytest.approx(interval([0.1, 0.11, 0.09]))
     assert difference(entries["ESPO"], entries["better"])["shown"] == "below"
     assert difference(entries["noisy"], entries["ESPO"])["shown"] == "not shown"
+    assert difference({**entries["better"], "edge": True}, entries["ESPO"])["shown"] == "not shown"
+    assert difference(entries["better"], {**entries["ESPO"], "edge": True})["shown"] == "not shown"
     assert order(entries) == ["noisy", "better", "ESPO"]
 
 

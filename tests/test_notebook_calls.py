@@ -123,7 +123,7 @@ def good(**changes) -> dict:
         "parameters": {"seeds": 1},
         "per_seed": [{"seed": 0, "x": [1.0], "seconds": 0.5}],
         "summary": {"x": 1.0},
-        "findings": {"it holds": True},
+        "findings": {"it holds": "yes"},
     } | changes
 
 
@@ -144,6 +144,7 @@ def test_save_result(tmp_path):
         ({"per_seed": [{"seed": 0, "x": math.inf, "seconds": 1.0}]}, "is inf"),
         ({"parameters": {"seeds": 2}}, "parameters name 2 seeds, got 1"),
         ({"summary": [1.0]}, "field summary"),
+        ({"findings": {"it holds": True}}, "must be one of yes, no, not shown, got {'it holds': True}"),
     ],
 )
 def test_results_are_checked_before_they_are_written(tmp_path, changes, message):
@@ -162,7 +163,7 @@ def test_a_result_has_all_fields(tmp_path):
 def test_outside_a_checkout_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setattr(notebooks, "__file__", str(tmp_path / "notebooks.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert notebooks._commit() == (None, None)
+    assert notebooks._commit("it") == (None, None)
 
 
 def test_numbers_are_rounded(tmp_path):

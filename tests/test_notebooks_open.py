@@ -78,4 +78,4 @@ def test_a_table_is_markdown():
     table = Table(["", "M = 1"], [["token", 0.5], ["sequence", "0.250"]])
     lines = ["|  | M = 1 |", "| --- | ---: |", "| token | 0.5 |", "| sequence | 0.250 |"]
     assert table._repr_markdown_() == "\n".join(lines)
-    assert "| It rains. | no |" in verdicts({"It rains.": False})._repr_markdown_()
+    assert "| It rains. | no |" in verdicts({"It rains.": "no"})._repr_markdown_()

@@ -4,14 +4,13 @@ An *entry* is what a method did on a task: its pilots, its learning rate and its
 `espo_lightning.contest.enter` returns them. A *board* holds the entries of a task by the methods' names.
 """
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
-# two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+from espo_lightning.lab.choice import open_sides
+from espo_lightning.lab.evidence import NO, NOT_SHOWN, YES, above, paired
+
 COLUMNS = ("", "method", "held-out exact, median [range]", "minus ESPO, mean [95 %]", "shown", "in its own order")
 COLUMNS += ("KL to the base", "rollouts", "FLOPs", "learning rate", "processor s", "wall s")
 
@@ -35,7 +34,8 @@ tunes it like the others, runs it on the same seeds and adds its row, without ru
 **The terms.** {prompts} prompts × {group} completions a rollout; as many rollouts as take the FLOPs of {rollouts} of
 ESPO, by the cost model. The learning rate is chosen by the mean sampled reward of the final policy on training
 problems, among {rates} (runs of full length for each, on other seeds: {pilots}) and beyond, where the best of them is
-at an edge (further rates at most: {extra}); "edge" marks a choice that is still at one. Then {seeds} new seeds; the
+at an edge (further rates at most: {extra}); "edge" marks a choice still at one,
+of which nothing is shown. Then {seeds} new seeds; the
 last policy decodes {problems} held-out problems greedily, one token a step, low confidence first. Rollouts are
 decoded in that order, too, at temperature 1, except for methods that score the decoder's trace: they keep the order
 that they are made for, and "in its own order" is their accuracy there. All other settings are the preset's.
@@ -72,8 +72,7 @@ def best(pilots: list[dict]) -> float:
 
 def at_edge(pilots: list[dict]) -> bool:
     """Whether the best learning rate is the smallest or largest that was tried, so that a better one may lie beyond."""
-    rates = [pilot["lr"] for pilot in pilots]
-    return best(pilots) in (min(rates), max(rates))
+    return bool(open_sides({(pilot["lr"],): pilot["score"] for pilot in sorted(pilots, key=lambda p: p["lr"])}))
 
 
 def beyond(pilots: list[dict], factor: float) -> float:
@@ -85,18 +84,6 @@ def beyond(pilots: list[dict], factor: float) -> float:
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of the mean of independent values, by Student's t.
-
-    Raises:
-        ValueError: fewer than 2 values, or more than `STUDENT` has quantiles for.
-    """
-    if not 2 <= len(values) <= len(STUDENT) + 1:
-        raise ValueError(f"an interval needs from 2 to {len(STUDENT) + 1} values, got {len(values)}")
-    half = STUDENT[len(values) - 2] * stdev(values) / math.sqrt(len(values))
-    return mean(values) - half, mean(values) + half
-
-
 def ends(entry: dict, key: str = "exact") -> list[float]:
     """A measure of an entry's final policies, by seed."""
     return [run[key] for run in entry["runs"]]
@@ -105,12 +92,14 @@ def ends(entry: dict, key: str = "exact") -> list[float]:
 def difference(entry: dict, other: dict, key: str = "exact") -> dict[str, Any]:
     """How a measure of two entries differs, paired by seed: "mean", "interval", and "shown".
 
-    That is "above" or "below" if the interval excludes 0, else "not shown".
+    That is "above" or "below" if the interval excludes 0, else "not shown"; also where a learning rate is at the edge
+    of what was tried ("edge"), as a better one may lie beyond.
     """
-    values = [a - b for a, b in zip(ends(entry, key), ends(other, key))]
-    low, high = interval(values)
-    shown = "above" if low > 0 else "below" if high < 0 else "not shown"
-    return {"mean": mean(values), "interval": [low, high], "shown": shown}
+    a, b = ends(entry, key), ends(other, key)
+    found = paired(a, b)
+    chosen = not (entry.get("edge") or other.get("edge"))
+    shown = {YES: "above", NO: "below"}.get(above(found) if chosen else NOT_SHOWN, NOT_SHOWN)
+    return {"mean": mean(x - y for x, y in zip(a, b)), "interval": list(found), "shown": shown}
 
 
 def order(board: dict[str, dict]) -> list[str]:

@@ -30,6 +30,7 @@ COLOURS = {
     "ELBO, uncentred": SKY,
     "log p^U": GREEN,
     "mean field": ORANGE,
+    "trajectory": GREEN,
     # estimators of the ELBO
     "single": ORANGE,
     "single, counts 1..L": PURPLE,
@@ -72,6 +73,15 @@ COLOURS = {
     "masked views": ORANGE,
     "one masked": PURPLE,
     "trace": GREEN,
+    # what a policy says instead of the right answers
+    "apart": BLUE,
+    "half": GREEN,
+    "twisted": VERMILLION,
+    # kinds of policies
+    "table": GREY,
+    "random network": ORANGE,
+    "taught network": BLUE,
+    "blocks": GREEN,
     # whose completions
     "own": BLUE,
     "answer": ORANGE,
@@ -184,6 +194,6 @@ class Table(NamedTuple):
         return f"table of {len(self.rows)} rows"
 
 
-def verdicts(findings: dict[str, bool]) -> Table:
-    """What was expected, sentence by sentence, and whether it held."""
-    return Table(["expected", "held"], [[sentence, "yes" if held else "no"] for sentence, held in findings.items()])
+def verdicts(findings: dict[str, str]) -> Table:
+    """What was expected, sentence by sentence, and whether it held: yes, no, or not shown."""
+    return Table(["expected", "held"], list(findings.items()))

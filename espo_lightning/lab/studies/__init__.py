@@ -14,10 +14,10 @@ from espo_lightning.lab.studies.noise import noise, points
 from espo_lightning.lab.studies.ratios import ratios
 from espo_lightning.lab.studies.statistics import broken_line, first_above, rank_correlation
 from espo_lightning.lab.studies.tightness import tightness
-from espo_lightning.lab.studies.training import final_reward, training_run
+from espo_lightning.lab.studies.training import final_reward, pilot_run, training_run
 
 __all__ = [
     "Arm", "broken_line", "causal_ratios", "covered", "equal_rollouts", "expected_flops", "final_reward", "first_above",
-    "growth", "jump", "kl_estimators", "kl_training", "noise", "paper_costs", "points", "rank_correlation", "rare_mode",
-    "ratios", "step_costs", "tightness", "training_run",
+    "growth", "jump", "kl_estimators", "kl_training", "noise", "paper_costs", "pilot_run", "points", "rank_correlation",
+    "rare_mode", "ratios", "step_costs", "tightness", "training_run",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """What training runs of notebooks 04, 05 and 08 differ in, and what they cost."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,7 +30,8 @@ class Arm:
         likelihood: "ELBO" or "mean field".
         draws, coupled: of the ELBO.
         kl: a key of `KLS`.
-        beta, clip_range: see `PolicyGradient`. updates, fresh_masks: see `ESPOModule`.
+        beta, clip_range: see `PolicyGradient`; a clip_range of None is no clip, as a stored result has no infinity.
+        updates, fresh_masks: see `ESPOModule`.
         steps: denoising steps of a rollout.
         lr: learning rate.
     """
@@ -42,7 +44,7 @@ class Arm:
     beta: float = 0.0
     updates: int = 2
     fresh_masks: bool = True
-    clip_range: float = 0.05
+    clip_range: float | None = 0.05
     steps: int = 16
     lr: float = LEARNING_RATE
 
@@ -56,6 +58,7 @@ class Arm:
         """A new module that trains ``policy``; None = the bundled Sudoku policy."""
         elbo = ELBO(draws=self.draws, coupled=self.coupled)
         likelihood: Likelihood = MeanField() if self.likelihood == "mean field" else elbo
+        clip_range = math.inf if self.clip_range is None else self.clip_range
         return new_module(
             load_policy(SUDOKU) if policy is None else policy,
             seed,
@@ -63,9 +66,7 @@ class Arm:
             lr=self.lr,
             decoding=Decoding(steps=self.steps),
             likelihood=likelihood,
-            objective=PolicyGradient(
-                ratio=RATIOS[self.ratio], clip_range=self.clip_range, kl=KLS[self.kl], beta=self.beta
-            ),
+            objective=PolicyGradient(ratio=RATIOS[self.ratio], clip_range=clip_range, kl=KLS[self.kl], beta=self.beta),
             updates=self.updates,
             fresh_masks=self.fresh_masks,
             **changes,

@@ -18,7 +18,15 @@ UNSEEN = 1_000_000  # the seed of puzzles that no run trains on
 
 
 def training_run(
-    seed: int, *, arm: dict, rollouts: int, points: int, states: int = 4, free: int = 3, problems: int = 256
+    seed: int,
+    *,
+    arm: dict,
+    rollouts: int,
+    points: int,
+    states: int = 4,
+    free: int = 3,
+    problems: int = 256,
+    prompts: int = PROMPTS,
 ) -> dict:
     """One run of RL: rewards of every rollout, and exact quantities on the way.
 
@@ -28,13 +36,14 @@ def training_run(
         states, free: puzzles for the exact KL to the base, the gap and the entropy, as in `kl_training`.
         problems: puzzles of each accuracy: held out, decoded greedily ("exact", "cell"); from training grids, sampled
             ("reward").
+        prompts: of every rollout.
 
     Returns:
         "curve": measurements with their "rollout". "reward", "exact": means over the completions of every rollout.
         "diverged": whether the run ended early because gradients were not finite; its curve is then shorter.
     """
     at = {round(rollouts * i / points) for i in range(points + 1)}
-    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, at, PROMPTS)
+    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, at, prompts)
     trained = {rollout: policy for rollout, policy in sorted(snapshots.policies.items()) if rollout}
     curve = [{"rollout": 0, **measures_of_the_base(seed, states, free, problems)}]
     for rollout, policy in trained.items():
@@ -44,6 +53,16 @@ def training_run(
         **{key: [round(x, 4) for x in snapshots.means(key)] for key in ("reward", "exact")},
         "diverged": diverged,
     }
+
+
+def pilot_run(seed: int, *, arm: dict, rollouts: int, problems: int, prompts: int = PROMPTS) -> dict:
+    """A training run for its "score" alone: the mean reward of the final policy's samples; 0 if it diverged.
+
+    They are of puzzles that no run trains on, and other ones than `training_run` measures with.
+    """
+    snapshots, diverged = train_or_diverge(Arm(**arm).module(seed), TASK, seed, rollouts, {rollouts}, prompts)
+    score = 0.0 if diverged else sampled_reward(snapshots.policies[rollouts], UNSEEN + 1, problems)
+    return {"score": round(score, 4), "diverged": diverged}
 
 
 @cache
@@ -60,11 +79,16 @@ def measures_of_the_base(seed: int, states: int, free: int, problems: int) -> di
 
 def measures(policy: Policy, states: list[State], problems: int) -> dict[str, float]:
     """A point of a learning curve."""
-    puzzles = [TASK.problem("train", UNSEEN, i) for i in range(problems)]
-    _, verdicts = solve(policy, puzzles, fold_in(UNSEEN, torch.arange(problems)), Decoding())
-    reward = {"reward": sum(verdict["reward"] for verdict in verdicts) / problems}
+    reward = {"reward": sampled_reward(policy, UNSEEN, problems)}
     every = {**held_out(policy, TASK, problems), **reward, **true_measures(states, policy)}
     return {key: round(value, 4) for key, value in every.items()}
+
+
+def sampled_reward(policy: Policy, seed: int, problems: int) -> float:
+    """Mean reward of one sampled completion of every puzzle of a seed."""
+    puzzles = [TASK.problem("train", seed, i) for i in range(problems)]
+    _, verdicts = solve(policy, puzzles, fold_in(seed, torch.arange(problems)), Decoding())
+    return sum(verdict["reward"] for verdict in verdicts) / problems
 
 
 def final_reward(run: dict) -> float:
