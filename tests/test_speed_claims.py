@@ -44,6 +44,12 @@ def tokens(file: str, one: str, other: str) -> float:
     return speeds[one]["median"] / speeds[other]["median"]
 
 
+def early_stop() -> list[str]:
+    found = stored("decoding")["countdown"]["early_stop"]
+    assert found["changed_texts"] == 0
+    return [f"{found['passes_early']:.1f}", f"{found['passes']:.0f}"]
+
+
 def eager() -> str:
     """How much faster a pass of bfloat16 trains without sdpa."""
     took = stored("one_pass")["milliseconds"]
@@ -57,6 +63,7 @@ def threshold(bar: float | None, key: str) -> float:
 
 CLAIMS = [  # page, words with a place for each number, the numbers
     (NOTES, "it decodes {} times as many tokens", lambda: [f"{tokens('decoding', 'prefix_cache', 'full'):.1f}"]),
+    (NOTES, "Countdown takes {} passes instead of {}, and no text changed", early_stop),
     (NOTES, "bfloat16 trains {} times faster with", lambda: [eager()]),
     (ROOT / "docs/commands.md", "eager trains {} times faster", lambda: [eager()]),
     (SPEED, "a trained Sudoku policy with a head of {:,} tokens", lambda: [stored("wide_vocabulary")["vocabulary"]]),
