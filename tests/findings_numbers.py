@@ -122,5 +122,8 @@ def board(contest: str, method: str) -> str:
 
 
 def far() -> list[str]:
-    """Notebook 04: how far the arms with ELBOs are from each other, and from those with the mean field."""
-    return [apart(ablation("sequence, ELBO"), ablation("token, ELBO"))]
+    """Notebook 04: how far its arms are from each other, and the clips of those with ELBOs."""
+    token, sequence, best = (ablation(arm) for arm in ("token, ELBO", "sequence, ELBO", "token, mean field"))
+    chosen = result("04")["summary"]["chosen"]
+    clips = [f"ε = {chosen[arm]['clip_range']:g}" for arm in ("token, ELBO", "sequence, ELBO")]
+    return [*clips, apart(sequence, token), apart(best, token), apart(best, sequence)]
