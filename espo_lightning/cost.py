@@ -1,7 +1,7 @@
 """python -m espo_lightning.cost: what a rollout and its updates cost per GPU, without weights and without a GPU.
 
 FLOPs are those of `flops`, checked against measurement; bytes and seconds follow from the assumptions of `Hardware`.
-docs/scaling.md has the formulas and what follows from them.
+docs/cost_model.md has the formulas, docs/scaling.md what follows from them.
 """
 
 import json
@@ -10,11 +10,21 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from espo_lightning.decoding.block import BlockDecoding
 from espo_lightning.decoding.masked import Decoding
-from espo_lightning.lab.costs import BF16, FP32, Hardware, collectives, expected_work, memory, merge_scores, with_total
+from espo_lightning.lab.costs import (
+    BF16,
+    FP32,
+    Hardware,
+    collectives,
+    expected_work,
+    memory,
+    merge_scores,
+    read_bytes,
+    with_total,
+)
 from espo_lightning.lab.flops import Passes, Work, decoding_passes, flops, scoring_passes
 from espo_lightning.lab.flops_blocks import block_decoding_passes, block_scoring_passes
 from espo_lightning.lab.network import Network, read_network
@@ -43,6 +53,7 @@ def cost(
     gradient_checkpointing: bool = False,
     gpus: tuple[int, ...] = (8, 64, 512),
     shards: int | None = 1,
+    zero: Literal[1, 2, 3] = 3,
     gather_rollouts: bool = True,
     hardware: Hardware = Hardware(),
     output: str | None = None,
@@ -50,8 +61,8 @@ def cost(
     """FLOPs, bytes and memory of one rollout and its updates, per GPU. The defaults are the paper's Sudoku run.
 
     Args:
-        policy: whose shape to take: a folder with a config.json, bundled:NAME, or the hub id of LLaDA-8B-Instruct or
-            Dream-v0-Instruct-7B, which are known.
+        policy: whose shape to take: a folder with a config.json, bundled:NAME, or the hub id of LLaDA-8B-Instruct,
+            Dream-v0-Instruct-7B or SDAR-8B-Chat, which are known.
         decoding: see `Decoding`.
         likelihood: see `Likelihood`.
         prompt_length: tokens of the longest prompt (P).
@@ -67,6 +78,7 @@ def cost(
         gradient_checkpointing: recompute layers in the backward pass.
         gpus: one column for each number of GPUs.
         shards: GPUs that share one copy of the weights: 1 = DDP, null = all (FSDP), 8 of 64 = hybrid.
+        zero: what shards share: 1 = moments, 2 = gradients too (DeepSpeed's stages), 3 = weights too (FSDP).
         gather_rollouts: keep sharded weights together for a whole rollout, as in `ESPOModule`.
         hardware: assumed speeds.
         output: a JSON file to write.
@@ -76,10 +88,11 @@ def cost(
     """
     counts = {"prompt_length": prompt_length, "prompts_per_gpu": prompts_per_gpu, "group_size": group_size}
     counts |= {"updates": updates, "micro_batch": micro_batch, "lora_rank": lora_rank, "shards": shards}
-    _check(counts, gpus, shards, output)
+    _check(counts, gpus, shards, zero, output)
     network, rank, completions = read_network(policy), lora_rank or 0, prompts_per_gpu * group_size
     resumes = all((shards or n) == 1 for n in gpus) and not gradient_checkpointing
-    rollout, scoring, cached = passes_of(decoding, likelihood, completions, prompt_length, resumes)
+    shift = network.shift
+    rollout, scoring, cached, largest = passes_of(decoding, likelihood, completions, prompt_length, resumes, shift)
     options = {"updates": updates, "objective": objective, "micro_batch": micro_batch, "view_by_view": view_by_view}
     options["scoring"] = scoring
     sets = updates if fresh_masks and likelihood.random else 1
@@ -93,11 +106,14 @@ def cost(
     }
     columns = []
     for n in gpus:
-        shared = {"shards": shards or n, "rank": rank, "gather_rollouts": gather_rollouts}
+        shared = {"shards": shards or n, "rank": rank, "gather_rollouts": gather_rollouts, "zero": zero}
         size, seconds = collectives(network, w, hardware, gpus=n, updates=updates, **shared)
         stored = BF16 if dtype == "bfloat16" else FP32
-        held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, cached=cached, **shared)
+        rooms = {"cached": cached, "largest": largest}
+        held = memory(network, w, stored=stored, checkpointing=gradient_checkpointing, **rooms, **shared)
         whole = column(network, w, spent, size, seconds, hardware)
+        sent = BF16 * (network.adapters(rank) if rank else network.parameters)
+        whole["seconds"]["sending weights to an engine"] = sent / 1e9 / hardware.network
         whole["PFLOP per GPU"] |= formulas
         memories = {"GB of memory per GPU": {part: b / 1e9 for part, b in held.items()}}
         columns.append({"completions per rollout": {"": n * completions}} | whole | memories)
@@ -108,33 +124,52 @@ def cost(
     return result
 
 
-def _check(counts: dict[str, int | None], gpus: tuple[int, ...], shards: int | None, output: str | None) -> None:
-    """Refuse numbers below 1, shards that do not divide the GPUs, and a file that exists."""
+def _check(
+    counts: dict[str, int | None], gpus: tuple[int, ...], shards: int | None, zero: int, output: str | None
+) -> None:
+    """Refuse numbers below 1, shards that do not divide the GPUs, zero without them, and a file that exists."""
     for count in (counts, *({"gpus": n} for n in gpus or [0])):
         check_counts(1, **count)
     if shards is not None and any(n % shards for n in gpus):
         raise ValueError(f"every number of gpus must be a multiple of shards, got gpus={gpus} and shards={shards}")
+    if zero < 3 and shards == 1:
+        raise ValueError(f"zero={zero} has no effect with shards=1, where nothing is shared: set shards, or drop zero")
     if output is not None and Path(output).exists():
         raise ValueError(f"output {output} exists already: name another file, or remove it")
 
 
-def passes_of(
-    decoding: Decoding, likelihood: Likelihood, completions: int, prompt_length: int, resumes: bool
-) -> tuple[Passes, Callable[..., Passes], int]:
-    """The passes of a rollout, those of scoring given masks, and tokens whose keys and values the rollout has room for.
+class Rollout(NamedTuple):
+    """The passes of a rollout and those of scoring, given masks; and what a rollout needs room for, in tokens.
 
-    resumes: see `Policy.resumes`.
+    cached: whose keys and values it keeps. largest: of its largest pass.
+    """
+
+    passes: Passes
+    scoring: Callable[..., Passes]
+    cached: int
+    largest: int
+
+
+def passes_of(
+    decoding: Decoding, likelihood: Likelihood, completions: int, prompt_length: int, resumes: bool, shift: int = 0
+) -> Rollout:
+    """What a rollout and its scores run. resumes: see `Policy.resumes`. shift: of the policy.
+
+    Raises:
+        ValueError: blocks in one of the two only.
     """
     blocks, width = isinstance(decoding, BlockDecoding), prompt_length + decoding.length
-    elbo = isinstance(likelihood, BlockELBO)
+    elbo, everything = isinstance(likelihood, BlockELBO), completions * width
     if (blocks and not likelihood.in_blocks) or (elbo and not (blocks and likelihood.block == decoding.block_length)):
         raise ValueError("decoding=BlockDecoding and likelihood=BlockELBO go together, with the same block")
     if not blocks:
-        return decoding_passes(decoding, completions, width), scoring_passes, 0
+        cached = everything if decoding.prefix_cache else 0
+        return Rollout(decoding_passes(decoding, completions, width, shift), scoring_passes, cached, everything)
     own = partial(block_scoring_passes, block=decoding.block_length, resumes=resumes)
-    scoring = own if elbo else scoring_passes
-    cached = completions * width if decoding.cache else 0
-    return block_decoding_passes(decoding, completions, width), scoring, cached
+    passes, scoring = block_decoding_passes(decoding, completions, width), own if elbo else scoring_passes
+    if not decoding.cache:
+        return Rollout(passes, scoring, 0, everything)
+    return Rollout(passes, scoring, everything, completions * max(prompt_length, decoding.block_length))
 
 
 def column(
@@ -152,10 +187,12 @@ def column(
     """
     speed = hardware.tflops * 1e12 * hardware.utilisation
     times = {"computing": {phase: n / speed for phase, n in spent.items()}, "collectives": seconds}
+    reading = read_bytes(network, w.rollout) / 1e9 / hardware.memory
     return {
         "PFLOP per GPU": with_total(spent, 1e15),
         "GB received per GPU": with_total(size, 1e9),
-        "seconds": {f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()},
+        "seconds": {f"{what}, {phase}": n for what, by in times.items() for phase, n in merge_scores(by).items()}
+        | {"reading, rollout": reading},
         "FLOP per byte": {
             "of weights, in the rollout": spent["rollout"] / (BF16 * network.parameters * w.rollout.calls),
             "received, in the rollout": spent["rollout"] / size["rollout"] if size["rollout"] else None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import write
 from conftest import fit
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from two_processes import METHODS
 
 from espo_lightning import (
@@ -26,7 +26,7 @@ from espo_lightning.cost import cost
 from espo_lightning.lab import flops as counting
 from espo_lightning.lab.costs import Hardware, activation_bytes, collectives, memory
 from espo_lightning.lab.flops import decoding_passes, flops, scoring_passes, work
-from espo_lightning.lab.network import DREAM_7B, LLADA_8B, read_network
+from espo_lightning.lab.network import DREAM_7B, LLADA_8B, SDAR_8B, read_network
 from espo_lightning.lab.studies.compute import ATTENTION, Measured
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
@@ -123,11 +123,12 @@ def test_the_expected_step_is_close_to_every_real_one(checkpoints, tmp_path):
 
 @pytest.mark.parametrize(
     ("network", "config", "billions"),
-    [(LLADA_8B, LlamaConfig, 8.016), (DREAM_7B, Qwen2Config, 7.616)],
+    [(LLADA_8B, LlamaConfig, 8.016), (DREAM_7B, Qwen2Config, 7.616), (SDAR_8B, Qwen3Config, 8.191)],
 )
 def test_parameters_are_those_of_transformers(network, config, billions):
+    ours = ("qkv_bias", "tied", "qk_norm", "shift")
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
-    shape = {names.get(key, key): value for key, value in vars(network).items() if key not in ("qkv_bias", "tied")}
+    shape = {names.get(key, key): value for key, value in vars(network).items() if key not in ours}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(**shape, tie_word_embeddings=False))
     assert sum(p.numel() for p in model.parameters()) == network.parameters
@@ -225,18 +226,25 @@ def test_collectives_by_hand():
     """In bytes per parameter: weights are 2 wide, gradients 4; two GPUs exchange one half of everything.
 
     Eight decoding steps; 4 micro-batches for the one old pass, 8 for the reference, 8 forward and backward in updates.
+    Embedding and head are gathered once in the rollout, for each pass of the reference, and for 7 of the updates.
     """
+    network = replace(LLADA_8B, layers=2)
+    layers = 2 * network.layer_parameters / network.parameters
+    rest = 1 - layers
     ddp = received(2, 1)
     assert ddp == {"rollout": 0, "old scores": 0, "reference": 0, "updates": 2 * 4}  # an all-reduce per update
-    fsdp = received(2, 2)
-    assert fsdp == {"rollout": 8, "old scores": 4, "reference": 8, "updates": 8 * 2 + 8 * 2}
-    assert received(2, 2, gather_rollouts=True) == fsdp | {"rollout": 1}
+    fsdp = {"rollout": 8 * layers + rest, "old scores": 4 * layers, "reference": 8}
+    fsdp["updates"] = 8 * 2 * layers + 7 * rest + 8 * 2
+    assert received(2, 2) == pytest.approx(fsdp)
+    assert received(2, 2, gather_rollouts=True) == pytest.approx(fsdp | {"rollout": 1})
     hybrid = received(4, 2)  # replicas of a half exchange it once more
-    assert hybrid == fsdp | {"updates": fsdp["updates"] + 8 * 2}
-    assert received(2, 2, view_by_view=True)["updates"] == 8 + 16 * 2 + 16 * 2
-    share = replace(LLADA_8B, layers=2).adapters(8) / replace(LLADA_8B, layers=2).parameters
+    assert hybrid == pytest.approx(fsdp | {"updates": fsdp["updates"] + 8 * 2})
+    views = (8 + 16 * 2) * layers + 15 * rest + 16 * 2
+    assert received(2, 2, view_by_view=True)["updates"] == pytest.approx(views)
+    share = network.adapters(8) / network.parameters
     assert received(2, 1, rank=8)["updates"] == 2 * 4 * share
-    sharded = 8 * 2 * (1 + share) + 2 * 2 * share  # adapters are gathered in every pass, and reduced once per update
+    # adapters are gathered in every pass, and reduced once per update
+    sharded = 8 * 2 * (layers + share) + 7 * rest + 2 * 2 * share
     assert received(2, 2, rank=8)["updates"] == pytest.approx(sharded)
 
 

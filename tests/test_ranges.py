@@ -69,6 +69,7 @@ DECODING = {
     "top_p": Real("(0, 1]"),
     "order_temperature": Real("[0, inf)"),
     "threshold": Real("(0, 1)"),
+    "refresh": ONE,
     "corrector": NONE,
 }
 CODE = {"held_out": SHARE, "timeout": POSITIVE, "memory_mb": ONE}
@@ -204,7 +205,14 @@ NUMBERS: dict[Callable, tuple[Callable, dict[str, Whole | Real]]] = {
     ),
     Hardware: (
         Hardware,
-        {"tflops": POSITIVE, "utilisation": Real("(0, 1]"), "node": ONE, "nvlink": POSITIVE, "network": POSITIVE},
+        {
+            "tflops": POSITIVE,
+            "utilisation": Real("(0, 1]"),
+            "node": ONE,
+            "nvlink": POSITIVE,
+            "network": POSITIVE,
+            "memory": POSITIVE,
+        },
     ),
 }
 # public, with numbers that are no settings, or that somebody else checks

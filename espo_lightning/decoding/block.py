@@ -28,8 +28,8 @@ class BlockDecoding(Decoding):
     Args:
         length, block_length, steps, temperature, order, top_p, order_temperature, schedule, threshold, early_stop: as
             in `Decoding`.
-        prefix_cache, corrector: must be off: the one is an approximation, and this cache is exact; the other changes
-            finished blocks.
+        prefix_cache, refresh, dual_cache, corrector: must be off: three are about an approximation, and this cache is
+            exact; the last one changes finished blocks.
         cache: keep keys and values of finished blocks; false computes all of them in every step, to the same
             completions.
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espo_lightning.decoding.caching import Caching, check_caching
 from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.orders import POLICY_FREE, low_confidence, perturb, random_order
 from espo_lightning.decoding.proposals import entropy, greedy_tokens, sample_tokens, warp
@@ -56,7 +57,11 @@ class Decoding(Decoder):
         prefix_cache: per block, keep keys and values of all that precedes it from the block's first step
             (Fast-dLLM's prefix cache). An approximation: in a bidirectional network they change with every commit.
             Measure before use: it costs the small trained Sudoku policy two thirds of its right answers
-            (benchmarks/NOTES.md).
+            (docs/faster_decoding.md).
+        refresh: with prefix_cache, compute what is kept anew in every so many steps of a block; 1 = in each, which is
+            the full decoding. null = in the block's first step only.
+        dual_cache: with prefix_cache, also keep keys and values of all that follows the block (Fast-dLLM's dual cache),
+            so that a step between two full ones computes the block alone.
         corrector: after the last step, so many times hide one position, uniformly drawn, and propose its token anew,
             for one forward pass each. A Gibbs sampler of the policy's one-masked conditionals: it leaves a law that
             they agree with as it is, and drags any other one towards them (how we read SEPO's gradient flow,
@@ -77,6 +82,8 @@ class Decoding(Decoder):
     threshold: float | None = None
     early_stop: bool = False
     prefix_cache: bool = False
+    refresh: int | None = None
+    dual_cache: bool = False
     corrector: int = 0
 
     def __post_init__(self):
@@ -112,11 +119,7 @@ class Decoding(Decoder):
                     "threshold compares what low_confidence ranks by, and takes the place of a schedule: it needs "
                     "order=low_confidence, order_temperature=0 and schedule=even_schedule"
                 )
-        if self.prefix_cache and self.steps == blocks:
-            raise ValueError(
-                f"prefix_cache has no effect with one step per block (steps {self.steps}, {blocks} blocks): a block's "
-                "first step is always a full pass; raise steps, or drop it"
-            )
+        check_caching(self)
 
     @property
     def blocks(self) -> int:
@@ -244,7 +247,7 @@ def _unmask(
         active = slice(width + inside.start, width + inside.stop)  # of the canvas
         places = torch.arange(inside.start, inside.stop, device=canvas.device).unsqueeze(0)
         rows, taken = everyone, block * busy
-        cached = {"prefix": policy.prefix(active.start)} if decoding.prefix_cache else {}
+        caching = Caching(policy, decoding, active)
         for number, step in enumerate(plan, block * len(plan)):
             if step == Step(0):
                 continue
@@ -256,14 +259,19 @@ def _unmask(
                 if len(needed) < len(rows):
                     needed = needed if len(needed) else everyone[:1]
                     rows, hidden = rows[needed], hidden[needed]
-                    for prefix in cached.values():
-                        prefix.keep(needed)
+                    caching.keep(needed)
             ids = canvas[rows]
             select = torch.zeros_like(ids, dtype=torch.bool)
             select[:, active] = hidden
             u_token, u_order = step_noise(keys[rows], number, places, length)[:, hidden]
             tokens, priority, *noted = policy(
-                ids, None if attention is None else attention[rows], select, propose, u_token, u_order, **cached
+                ids,
+                None if attention is None else attention[rows],
+                select,
+                propose,
+                u_token,
+                u_order,
+                **caching.of_next_pass(),
             )
             chosen, old = commit(hidden, priority, step), ids[:, active]
             canvas[rows, active] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)

@@ -1,7 +1,7 @@
 """Bytes, memory and seconds of a rollout and its updates per GPU, from the passes of `flops`. Pure.
 
 FLOPs are those of `flops`, checked against measurement; bytes and seconds follow from the assumptions of `Hardware`.
-docs/scaling.md has the formulas and what follows from them.
+docs/cost_model.md has the formulas, docs/scaling.md what follows from them.
 """
 
 import math
@@ -35,6 +35,7 @@ class Hardware:
         node: GPUs per node.
         nvlink: GB/s that a GPU receives from its node.
         network: GB/s that a GPU receives from other nodes, each through a port of its own.
+        memory: GB/s that a GPU reads from its own memory.
 
     Raises:
         ValueError: a number out of range.
@@ -45,9 +46,11 @@ class Hardware:
     node: int = 8
     nvlink: float = 450
     network: float = 50
+    memory: float = 3350
 
     def __post_init__(self):
-        check_numbers("(0, inf)", tflops=self.tflops, nvlink=self.nvlink, network=self.network)
+        speeds = {"nvlink": self.nvlink, "network": self.network, "memory": self.memory}
+        check_numbers("(0, inf)", tflops=self.tflops, **speeds)
         check_numbers("(0, 1]", utilisation=self.utilisation)
         check_counts(1, node=self.node)
 
@@ -67,13 +70,19 @@ def ring(size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks
 
 
-def gathers(w: Work, gather_rollouts: bool) -> dict[str, float]:
-    """How often all weights are gathered in every phase, if they are sharded.
+def gathered(network: Network, w: Work, rank: int, gather_rollouts: bool) -> dict[str, float]:
+    """Bytes of the weights that are gathered in every phase by FSDP2, if they are sharded; in bfloat16.
 
-    In every forward and every backward pass, except that a rollout may keep what its first pass gathers.
+    Layers in every forward and every backward pass, except that a rollout may keep what its first pass gathers.
+    Embedding, last norm and head are one unit, which stays together until the next backward pass is over, so that it
+    is gathered once per rollout and once per backward pass but the first; that of a frozen copy, in every pass.
     """
+    layers = BF16 * (network.layers * network.layer_parameters + network.adapters(rank))
+    rest = BF16 * (network.parameters - network.layers * network.layer_parameters)
     passes = {"rollout": w.rollout, "old scores": w.old, "reference": w.reference, "updates": w.terms + w.updates * 2}
-    return {phase: p.calls for phase, p in passes.items()} | ({"rollout": 1} if gather_rollouts else {})
+    calls = {phase: p.calls for phase, p in passes.items()} | ({"rollout": 1} if gather_rollouts else {})
+    apart = {"rollout": 1, "reference": 0 if rank else w.reference.calls, "updates": w.updates.calls - 1}
+    return {phase: n * layers + apart.get(phase, 0) * rest for phase, n in calls.items()}
 
 
 def collectives(
@@ -86,22 +95,32 @@ def collectives(
     updates: int,
     rank: int,
     gather_rollouts: bool,
+    zero: int = 3,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that a GPU receives in every phase, and the seconds that they take. Weights bfloat16, gradients float32.
 
-    Gradients of replicas (DDP, ``shards`` = 1) and of adapters are reduced once per update, others after every
-    backward pass.
+    Gradients of replicas (DDP, ``shards`` = 1), of adapters and of ZeRO 1 are reduced once per update, others after
+    every backward pass. zero: what ``shards`` GPUs share: 1 moments, 2 gradients too, 3 weights too; see `memory`.
+    Below 3, updated weights are gathered once per update, in float32 as they are stored.
     """
-    weights = BF16 * (network.parameters + network.adapters(rank))
-    gradients = FP32 * (network.adapters(rank) if rank else network.parameters)
-    size = {phase: n * ring(weights, shards) for phase, n in gathers(w, gather_rollouts).items()}
-    reductions = updates if shards == 1 or rank else w.updates.calls
+    trained = network.adapters(rank) if rank else network.parameters
+    gradients = FP32 * trained
+    size = {phase: ring(n, shards) for phase, n in gathered(network, w, rank, gather_rollouts).items()}
+    if zero < 3:
+        size = dict.fromkeys(size, 0.0) | {"updates": updates * ring(gradients, shards)}
+    once = shards == 1 or zero == 1 or (rank and zero == 3)
+    reductions = updates if once else w.updates.calls
     size["updates"] += reductions * ring(gradients, shards)
     replicas = reductions * 2 * ring(gradients / shards, gpus // shards)
     seconds = {phase: n / 1e9 / hardware.gather_speed(shards) for phase, n in size.items()}
     size["updates"] += replicas
     seconds["updates"] += replicas / 1e9 / hardware.replica_speed(shards, gpus)
     return size, seconds
+
+
+def read_bytes(network: Network, passes: Passes) -> float:
+    """What passes read from a GPU's own memory at the least, in bfloat16: all weights in each, and keys and values."""
+    return BF16 * network.parameters * passes.calls + cache_bytes(network, passes.known, BF16)
 
 
 def activation_bytes(network: Network, passes: Passes, rank: int = 0, checkpointing: bool = False) -> float:
@@ -133,28 +152,35 @@ def memory(
     checkpointing: bool,
     gather_rollouts: bool,
     cached: float = 0,
+    largest: float | None = None,
+    zero: int = 3,
 ) -> dict[str, float]:
     """Bytes of one GPU in the backward pass of a micro-batch; and in a rollout, which has other activations.
 
     stored: bytes of a stored weight; adapters are float32. Gradients and Adam's moments are like what they belong to.
     A rollout's activations are an estimate: per token the residual stream, norms and MLP of one layer. cached: tokens
-    whose keys and values `BlockDecoding` has room for.
+    whose keys and values a rollout has room for. largest: tokens of its largest pass; None = of the mean one.
+    zero: as in `collectives`; below 3, the engine also has a float32 copy of its part of the trained weights.
     """
     n, adapters, layer = network.parameters, network.adapters(rank), network.layer_parameters
-    trained = FP32 * adapters if rank else stored * n
+    trained, parted = FP32 * adapters if rank else stored * n, shards > 1 and zero == 3
+    of_weights, of_gradients = shards if parted else 1, shards if zero > 1 else 1
+    if rank and parted:
+        of_gradients = 1  # those of adapters are whole until they are reduced
+    copies = FP32 * (adapters if rank else n) / shards if shards > 1 and zero < 3 else 0
     held = {
-        "weights": (stored * n + FP32 * adapters) / shards,
-        "gradients": trained if rank else trained / shards,  # those of adapters are whole until they are reduced
-        "optimizer": 2 * trained / shards,
-        "reference": stored * n / shards if w.reference.calls and not rank else 0,
+        "weights": (stored * n + FP32 * adapters) / of_weights,
+        "gradients": trained / of_gradients,
+        "optimizer": 2 * trained / shards + copies,
+        "reference": stored * n / of_weights if w.reference.calls and not rank else 0,
     }
     logits = LOGIT_COPIES * min(HEAD_BYTES, FP32 * network.vocab_size * w.updates.positions / w.updates.calls)
     few = n - (network.layers - 2) * layer  # a layer, the next one, the embedding and the head
-    tokens = w.rollout.rows * w.rollout.width / w.rollout.calls
+    tokens = w.rollout.rows * w.rollout.width / w.rollout.calls if largest is None else largest
     decoding = BF16 * tokens * (6 * network.intermediate_size + 4 * network.hidden_size)
-    whole = BF16 * (n if gather_rollouts else few) if shards > 1 else 0
+    whole = BF16 * (n if gather_rollouts else few) if parted else 0
     backward = {
-        "gathered weights": BF16 * few if shards > 1 else 0,
+        "gathered weights": BF16 * few if parted else 0,
         "activations": activation_bytes(network, w.updates, rank, checkpointing),
         "logits": logits,
     }

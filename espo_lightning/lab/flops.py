@@ -3,7 +3,7 @@
 Counted as `torch.utils.flop_counter` does: 2 m n k for every matrix product, attention included, nothing for what is
 done element by element. Exact for this library: the last layer's MLP and the head run where a token is predicted,
 half-passes with nothing hidden do not run, the first update's own terms are its old scores, the reference is scored
-once per mask set. docs/scaling.md has the same as equations.
+once per mask set. docs/cost_model.md has the same as equations.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ class Passes:
 
     calls: of the network. rows: sequences in all of them. width: tokens of a sequence, P + L. positions: where a token
     is predicted, in all of them. pairs: of a token and one that it attends to, masked or not; None = all of a sequence.
+    known: tokens whose keys and values are not computed but read, in all of them.
     Averages need not be whole numbers; neither need rows, where a pass takes parts of sequences.
     """
 
@@ -37,6 +38,7 @@ class Passes:
     width: int
     positions: float
     pairs: float | None = None
+    known: float = 0
 
     @property
     def attended(self) -> float:
@@ -46,11 +48,17 @@ class Passes:
     def __add__(self, other: "Passes") -> "Passes":
         pairs = None if self.pairs is other.pairs is None else self.attended + other.attended
         sums = (self.calls + other.calls, self.rows + other.rows, self.width, self.positions + other.positions)
-        return Passes(*sums, pairs)
+        return Passes(*sums, pairs, known=self.known + other.known)
 
     def __mul__(self, n: float) -> "Passes":
         pairs = None if self.pairs is None else self.pairs * n
-        return Passes(self.calls * n, self.rows * n, self.width, self.positions * n, pairs)
+        sizes = (self.calls * n, self.rows * n, self.width, self.positions * n)
+        return Passes(*sizes, pairs, known=self.known * n)
+
+
+def pass_of(rows: float, tokens: int, keys: int, width: int, positions: float = 0) -> Passes:
+    """One pass of some rows that computes ``tokens`` of each, which may attend to ``keys``, themselves included."""
+    return Passes(1, rows * tokens / width, width, positions, rows * tokens * keys, known=rows * (keys - tokens))
 
 
 def hidden_in_steps(decoding: Decoding) -> list[float]:
@@ -63,16 +71,27 @@ def hidden_in_steps(decoding: Decoding) -> list[float]:
     return hidden
 
 
-def decoding_passes(decoding: Decoding, completions: int, width: int) -> Passes:
+def decoding_passes(decoding: Decoding, completions: int, width: int, shift: int = 0) -> Passes:
     """Those of `generate`: every row in every step that may commit, the head at what is hidden in the active block.
 
-    ``origin_schedule`` counts with its mean. What ``threshold``, ``early_stop`` and ``prefix_cache`` save depends on
-    the data and is not counted: an upper bound for them.
+    With ``prefix_cache``, a step between two full ones computes what follows the prefix, or the block. What
+    ``threshold`` and ``early_stop`` save depends on the data and is not counted: an upper bound for them.
+    ``origin_schedule`` counts with its mean.
+
+    shift: of the policy; a prefix is one token shorter where the state before a token predicts it.
     """
     hidden = hidden_in_steps(decoding)
-    calls = decoding.blocks * len(hidden) + decoding.corrector
-    positions = decoding.blocks * sum(hidden) + decoding.corrector
-    return Passes(calls, completions * calls, width, completions * positions)
+    corrector = Passes(decoding.corrector, completions * decoding.corrector, width, completions * decoding.corrector)
+    if not decoding.prefix_cache:
+        calls, positions = decoding.blocks * len(hidden), decoding.blocks * sum(hidden)
+        return Passes(calls, completions * calls, width, completions * positions) + corrector
+    passes = corrector
+    for start in range(width - decoding.length, width, decoding.block_length):
+        part = (start + decoding.block_length if decoding.dual_cache else width) - start + shift
+        for step, positions in enumerate(hidden):
+            full = step % (decoding.refresh or len(hidden)) == 0
+            passes += pass_of(completions, width if full else part, width, width, completions * positions)
+    return passes
 
 
 def plain_trace(decoding: Decoder, completions: int) -> Trace:

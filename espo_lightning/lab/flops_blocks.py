@@ -5,15 +5,10 @@ completion costs up to one block more.
 """
 
 from espo_lightning.decoding.block import BlockDecoding
-from espo_lightning.lab.flops import Passes, hidden_in_steps
+from espo_lightning.lab.flops import Passes, hidden_in_steps, pass_of
 from espo_lightning.lab.network import Network
 from espo_lightning.scoring.block import parts_of
 from espo_lightning.scoring.masks import Masks
-
-
-def pass_of(rows: float, tokens: int, keys: int, width: int, positions: float = 0) -> Passes:
-    """One pass of some rows that computes ``tokens`` of each, which may attend to ``keys``."""
-    return Passes(1, rows * tokens / width, width, positions, rows * tokens * keys)
 
 
 def block_decoding_passes(decoding: BlockDecoding, completions: int, width: int) -> Passes:

@@ -21,6 +21,8 @@ class Network:
     vocab_size: int
     qkv_bias: bool = False
     tied: bool = False
+    qk_norm: bool = False
+    shift: int = 0  # 1 if the state before a token predicts it
 
     @property
     def attention(self) -> list[tuple[int, int]]:
@@ -39,7 +41,8 @@ class Network:
         """Parameters of one layer."""
         linears = self.attention + self.mlp
         bias = sum(n for _, n in self.attention[:3]) if self.qkv_bias else 0
-        return sum(m * n for m, n in linears) + bias + 2 * self.hidden_size
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return sum(m * n for m, n in linears) + bias + norms
 
     @property
     def parameters(self) -> int:
@@ -52,10 +55,15 @@ class Network:
         return self.layers * rank * sum(m + n for m, n in self.attention + self.mlp)
 
 
-# their config.json on the hub; Dream's is that of Qwen2.5-7B, from which it was initialised
+# their config.json on the hub; Dream's is that of Qwen2.5-7B, and SDAR's that of Qwen3-8B, from which they were made
 LLADA_8B = Network(4096, 32, 32, 32, 128, 12288, 126464)
-DREAM_7B = Network(3584, 28, 28, 4, 128, 18944, 152064, qkv_bias=True)
-KNOWN = {"GSAI-ML/LLaDA-8B-Instruct": LLADA_8B, "Dream-org/Dream-v0-Instruct-7B": DREAM_7B}
+DREAM_7B = Network(3584, 28, 28, 4, 128, 18944, 152064, qkv_bias=True, shift=1)
+SDAR_8B = Network(4096, 36, 32, 8, 128, 12288, 151936, qk_norm=True)
+KNOWN = {
+    "GSAI-ML/LLaDA-8B-Instruct": LLADA_8B,
+    "Dream-org/Dream-v0-Instruct-7B": DREAM_7B,
+    "JetLM/SDAR-8B-Chat": SDAR_8B,
+}
 
 
 def read_network(policy: str) -> Network:
@@ -81,4 +89,6 @@ def read_network(policy: str) -> Network:
         vocab_size=config.vocab_size,
         qkv_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
         tied=config.tie_word_embeddings,
+        qk_norm=config.model_type == "qwen3",
+        shift=getattr(config, "logits_shift", 0),
     )

@@ -30,6 +30,7 @@ COLOURS = {
     "ELBO, uncentred": SKY,
     "log p^U": GREEN,
     "mean field": ORANGE,
+    "trajectory": GREEN,
     # estimators of the ELBO
     "single": ORANGE,
     "single, counts 1..L": PURPLE,
@@ -72,6 +73,15 @@ COLOURS = {
     "masked views": ORANGE,
     "one masked": PURPLE,
     "trace": GREEN,
+    # what a policy says instead of the right answers
+    "apart": BLUE,
+    "half": GREEN,
+    "twisted": VERMILLION,
+    # kinds of policies
+    "table": GREY,
+    "random network": ORANGE,
+    "taught network": BLUE,
+    "blocks": GREEN,
     # whose completions
     "own": BLUE,
     "answer": ORANGE,

@@ -279,10 +279,10 @@ class Policy(nn.Module):
         if positions is not None:
             network["position_ids"] = positions
         if prefix is not None:
-            known, network["past_key_values"] = len(prefix), prefix.cache
-            ids, select = ids[:, known:], select[:, known:]
+            part, network["past_key_values"] = prefix.computed, prefix.cache
+            ids, select = ids[:, part], select[:, part]
             if positions is not None:
-                network["position_ids"] = positions[:, known:]
+                network["position_ids"] = positions[:, part]
             if attention is not None and attention.ndim == 3:
                 attention = attention[:, -ids.shape[1] :]
         select = select[:, self.shift :]
@@ -292,10 +292,11 @@ class Policy(nn.Module):
             hidden = self.states(ids, attention, rows, **network)
         return apply_head(self.head, hidden, reduce, columns)
 
-    def prefix(self, start: int | None = None, room: int | None = None) -> "Prefix":
+    def prefix(self, start: int | None = None, room: int | None = None, stop: int | None = None) -> "Prefix":
         """An empty store for the keys and values of what precedes position ``start``; None = of all that passes.
 
         room: positions of the longest pass, if none is differentiated; see `Prefix`.
+        stop: with ``start``, also keep those of what follows position ``stop``; see `Prefix`.
 
         Raises:
             ValueError: a model of another family, whose own code may ignore it.
@@ -305,7 +306,7 @@ class Policy(nn.Module):
                 "prefix_cache needs a Llama, Qwen2 or Qwen3 network, without its own code or whole_last_layer: drop it"
             )
         # the hidden state before ``start`` is needed anew where it predicts
-        return Prefix(None if start is None else start - self.shift, room)
+        return Prefix(None if start is None else start - self.shift, room, stop)
 
     def compile_network(self, backend: str) -> None:
         """torch.compile the layers in place (the head and its reductions stay eager); parameter names do not change.

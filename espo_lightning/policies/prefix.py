@@ -12,10 +12,10 @@ LAYERS = {"LlamaDecoderLayer": "llama", "Qwen2DecoderLayer": "qwen2", "Qwen3Deco
 HEAD_BYTES = 64 * 2**20  # float32 logits held at once; larger heads run in recomputed chunks
 
 
-def _empty(room: int | None) -> Any:
+def _empty(room: int | None, renewed: tuple[int, int] | None = None) -> Any:
     from espo_lightning.policies.room import empty
 
-    return empty(room)
+    return empty(room, renewed)
 
 
 class Prefix:
@@ -28,14 +28,23 @@ class Prefix:
         width: keep those of the first ``width`` positions, from the first pass; None = of all, from every pass.
         room: hold so many positions at most, written in place, for passes without a gradient; None = any number,
             copied with every pass.
+        stop: keep those of all positions of the first pass; later passes compute only the ones from ``width`` to
+            ``stop``, and write them anew. None = later passes compute everything that follows the prefix.
     """
 
-    def __init__(self, width: int | None, room: int | None = None):
-        self.width, self.room, self.cache = width, room, _empty(room)
+    def __init__(self, width: int | None, room: int | None = None, stop: int | None = None):
+        self.width, self.room, self.stop = width, room, stop
+        self.cache = _empty(room, None if stop is None else (width or 0, stop))
 
     def __len__(self) -> int:
         """Positions that are known."""
         return self.cache.get_seq_length()
+
+    @property
+    def computed(self) -> slice:
+        """The positions that the next pass computes."""
+        first = self.stop is None or not self.cache.layers  # which computes all that follows
+        return slice(len(self), None if first else self.stop)
 
     @contextmanager
     def filled(self, network: nn.Module, recomputes: bool) -> Iterator[None]:
@@ -50,7 +59,7 @@ class Prefix:
         finally:
             if recomputes:
                 network.train()
-        if self.width is None or self.width == len(self):
+        if self.stop is not None or self.width is None or self.width == len(self):
             return
         if self.width:
             self.cache.crop(self.width - len(self))

@@ -1,4 +1,4 @@
-"""Caches of transformers: one that grows with every pass, and one whose room is taken once."""
+"""Caches of transformers: one that grows with every pass, one whose room is taken once, one that is renewed in part."""
 
 from functools import partial
 from typing import Any
@@ -32,8 +32,37 @@ class Room(DynamicLayer):
         self.keys, self.values = (room[:, :, : self.get_seq_length()] for room in self.room)
 
 
-def empty(room: int | None) -> Cache:
-    """A cache without positions. room: see `Prefix`."""
+class Renewed(DynamicLayer):
+    """Keys and values of a layer at all positions of its first pass; later passes write some of them anew, in place.
+
+    Its length is what stands before those, as that is what is not computed again in front of them.
+    """
+
+    def __init__(self, start: int, stop: int):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            kept[:, :, self.start : self.stop] = new
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.start if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[-2] if self.is_initialized else query_length, 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+def empty(room: int | None, renewed: tuple[int, int] | None = None) -> Cache:
+    """A cache without positions. room: see `Prefix`. renewed: the positions of `Renewed`, instead of ``room``."""
+    if renewed is not None:
+        return Cache(layer_class_to_replicate=partial(Renewed, *renewed))
     return DynamicCache() if room is None else Cache(layer_class_to_replicate=partial(Room, room))
 
 

@@ -21,7 +21,7 @@ from espo_lightning.ranges import check_counts
 DEEPSPEED = "pip install 'setuptools>=77' && pip install --no-build-isolation deepspeed==0.19.8"
 ZERO = (
     "only ZeRO 1 and 2 are possible with deepspeed, without offloading: instead of ZeRO-3 use fsdp2, with offloading "
-    "FSDP with cpu_offload: true (docs/scaling.md)"
+    "FSDP with cpu_offload: true (docs/deepspeed.md)"
 )
 
 

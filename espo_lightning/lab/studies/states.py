@@ -94,9 +94,10 @@ def train_or_diverge(
         return error.snapshots, True
 
 
-def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128) -> None:
+def teach(policy: Policy, task: Task, seed: int, batches: int, lr: float, batch: int = 128, length: int = 16) -> None:
     """More supervised lessons of a task for a policy, as `sft` gives them."""
-    module = SFTModule(policy, optimizer=partial(torch.optim.AdamW, lr=lr), likelihood=LESSONS, seed=seed)
+    optimizer = partial(torch.optim.AdamW, lr=lr)
+    module = SFTModule(policy, length=length, optimizer=optimizer, likelihood=LESSONS, seed=seed)
     _fit(module, ProblemLoader(task, "train", seed, batch, batch * batches, rank=0, world=1))
 
 
