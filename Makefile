@@ -11,12 +11,18 @@ CPU_BUILDS := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(shell [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 	&& ! $(PYTHON) -m pip config list 2>/dev/null | grep -Eq 'index-url|find-links' && echo $(CPU_BUILDS))
 
-.PHONY: run test lint notebooks docs deepspeed reasoning-gym wheel env
+.PHONY: run test gpu lint notebooks docs deepspeed reasoning-gym wheel env
 run: env
 	$(BIN)/python -m espo_lightning.fit
 
 test: env
 	$(BIN)/python -m pytest
+
+# what differs on a GPU, tested on one; then an 8B policy, timed in ten minutes at most. Without one, a sentence
+gpu: env
+	@if $(BIN)/python benchmarks/gpu.py --found; then \
+		$(BIN)/python -m pytest -n 0 -m gpu && $(BIN)/python benchmarks/gpu.py; \
+	else echo "make gpu: torch sees no GPU on this machine, so that nothing was tested or measured"; fi
 
 lint: env
 	$(BIN)/ruff check .

@@ -4,18 +4,16 @@
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --sudoku=RUN/policy    # a trained policy instead of the bundled
 
 Forward passes are counted in rows: one row through the network once. Accuracies are those of held-out problems,
-decoded greedily in blocks of 4 tokens. See benchmarks/README.md.
+decoded greedily in blocks of 4 tokens. See benchmarks/README.md. What the output has of other parts stays.
 """
 
 import argparse
 import json
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import straightforward
 import torch
-from measure import random_policy, summary, user_seconds
+from measure import host, random_policy, summary, user_seconds
 
 from espo_lightning import Countdown, Decoding, Policy, Prompts, Sudoku, generate, load_policy
 from espo_lightning.keys import fold_in
@@ -124,71 +122,25 @@ def speed(rows: int, width: int, decodings: dict[str, Decoding], repeats: int) -
     return {name: summary([completion.numel() / s for s in values]) for name, values in seconds.items()}
 
 
-def widen(policy: Policy, vocabulary: int) -> Policy:
-    """The policy with more tokens, which it never writes: its accuracy with the head of a large vocabulary.
-
-    The head's new rows are 32 times its mask token's: what training pushed down, far down.
-    """
-    model = deepcopy(policy.model)
-    old, new = model.lm_head, torch.nn.Linear(policy.config.hidden_size, vocabulary, bias=False)
-    with torch.no_grad():
-        new.weight[:] = 32 * old.weight[policy.mask_id]
-        new.weight[: len(old.weight)] = old.weight
-    model.lm_head = new
-    return Policy(model, policy.tokenizer, mask_id=policy.mask_id, shift=policy.shift)
-
-
-def wide_vocabulary(policy: Policy, task, problems: int, vocabulary: int, repeats: int) -> dict:
-    """Rollouts at temperature 1 with a large vocabulary, the straightforward sampler and the library's in turn.
-
-    Returns:
-        Tokens per user CPU second, of 8 completions at once, and the accuracy of ``problems`` completions.
-    """
-    policy = widen(policy, vocabulary)
-    plain = Decoding(16, 16, 16)
-    settings = {
-        "full": plain,
-        "threshold 0.99": replace(plain, threshold=0.99),
-        "threshold 0.9": replace(plain, threshold=0.9),
-        "threshold 0.9, prefix cache, blocks of 4": replace(plain, threshold=0.9, prefix_cache=True, block_length=4),
-    }
-    batch = [task.problem("test", 0, i) for i in range(8)]
-    prompts, keys = policy.encode([p.prompt for p in batch]), fold_in(0, torch.arange(8))
-    assert prompts.mask is None, "the straightforward sampler takes prompts of one width"
-    generator = torch.Generator().manual_seed(0)
-    seconds = {name: [] for name in ("straightforward", *settings)}
-    for repeat in range(repeats + 1):
-        for name in seconds:
-            start = user_seconds()
-            if name == "straightforward":
-                straightforward.generate(
-                    policy.model, policy.mask_id, prompts.ids, 16, 16, 16, temperature=1.0, generator=generator
-                )
-            else:
-                generate(policy, prompts, keys, settings[name])
-            if repeat:  # the first one warms up
-                seconds[name].append(user_seconds() - start)
-    result = {name: {"tokens_per_second": summary([8 * 16 / s for s in values])} for name, values in seconds.items()}
-    for name, decoding in settings.items():
-        _, verdict, counter = decode(policy, task, problems, decoding)
-        result[name] |= {**verdict, "passes": counter.rows / problems}
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sudoku", default="bundled:sudoku", help="a policy for 4x4 Sudoku")
     parser.add_argument("--countdown", default="bundled:countdown", help="a policy for 3-number Countdown")
+    parts = ("sudoku", "countdown", "speed")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="some (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer problems, a shorter canvas, one repeat")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "decoding.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     problems, length, repeats = (32, 64, 1) if options.quick else (256, 256, 5)
-    result = {"problems": problems, "torch": torch.__version__}
+    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result |= {"problems": problems, "host": host()}
     for name, path, task, decoding in (
         ("sudoku", options.sudoku, Sudoku(), SUDOKU),
         ("countdown", options.countdown, Countdown(largest=10, largest_target=50), COUNTDOWN),
     ):
+        if name not in options.parts:
+            continue
         policy, one_block = load_policy(path), replace(decoding, block_length=decoding.length)
         result[name] = {
             "prefix_cache": prefix_error(policy, task, problems, decoding),
@@ -197,14 +149,13 @@ def main() -> None:
             "threshold_one_block": threshold_curve(policy, task, problems, one_block),
             "early_stop": early_stop(policy, task, problems, decoding),
         }
-        if name == "sudoku":
-            result[name]["wide_vocabulary"] = wide_vocabulary(policy, task, problems, 126_464, repeats)
         print(name, json.dumps(result[name], indent=1))
-    plain = Decoding(length, 32, length, temperature=0.0)
-    settings = {"full": plain, "prefix_cache": replace(plain, prefix_cache=True)}
-    result["tokens_per_second"] = {"rows": 4, "prompt": 64, "length": length, "block_length": 32}
-    result["tokens_per_second"] |= speed(4, 64, settings, repeats)
-    print(json.dumps(result["tokens_per_second"], indent=1))
+    if "speed" in options.parts:
+        plain = Decoding(length, 32, length, temperature=0.0)
+        settings = {"full": plain, "prefix_cache": replace(plain, prefix_cache=True)}
+        result["tokens_per_second"] = {"rows": 4, "prompt": 64, "length": length, "block_length": 32}
+        result["tokens_per_second"] |= speed(4, 64, settings, repeats)
+        print(json.dumps(result["tokens_per_second"], indent=1))
     options.output.parent.mkdir(exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from measure import in_fresh_process, summary
-from step import PHASES, SIDES, peak_memory, time_all
+from measure import host, in_fresh_process, summary
+from step import PHASES, SIDES, ratios, time_all
 from workloads import Setting, Workload
 
 BASE = Workload(prompts=2, group=4, updates=4)
@@ -33,29 +33,27 @@ OPTIONS = {"": Setting(), "masks once": Setting(same_work=False, module={"fresh_
 
 
 def measure(work: Workload, setting: Setting, repeats: int) -> dict:
-    """Seconds and MiB of all sides."""
+    """Seconds of all sides."""
     sides, _, _ = in_fresh_process(time_all, work, setting, repeats)
-    row = {}
-    for side, runs in sides.items():
-        row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", *PHASES)}
-        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side)
-    return row
+    phases = ("step", *PHASES)
+    row = {side: {key: summary([run[key] for run in runs[1:]]) for key in phases} for side, runs in sides.items()}
+    return row | {"ratio": ratios(sides)}
 
 
 def table(row: dict, first: dict) -> str:
     """A line; ``first`` is the row of the axis' first value."""
     seconds = [row[side]["step"]["median"] for side in SIDES]
     shown = " ".join(f"{s:10.2f} s ({s / first[side]['step']['median']:5.2f} x)" for s, side in zip(seconds, SIDES))
-    ratios = " ".join(f"{seconds[-1] / s:7.2f}" for s in seconds[:-1])
-    memory = " ".join(f"{row[side]['peak_MiB']:6.0f}" for side in SIDES)
-    return f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown} {ratios} {memory}"
+    others = " ".join(f"{ratio['step']['median']:7.2f}" for ratio in row["ratio"].values())
+    return f"{row['axis']:18} {row['value']:7} {row['option']:12} {shown} {others}"
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """One panel per axis, all sides, seconds per step; median and range of the repeats."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
+    rows_of, columns = min(2, len(axes)), -(-len(axes) // 2)
     figure, panels = plt.subplots(
-        2, -(-len(axes) // 2), figsize=(8, 4.6), layout="constrained", sharey=True, squeeze=False
+        rows_of, columns, figsize=(8, 2.3 * rows_of), layout="constrained", sharey=True, squeeze=False
     )
     for axis, panel in zip(axes, panels.flat):
         chosen = [row for row in rows if row["axis"] == axis and not row["option"]]
@@ -84,9 +82,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "growth.json")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"host": host(), "rows": []}
+    rows: list[dict] = stored["rows"]
     names = " ".join(f"{side:>22}" for side in SIDES)
-    print(f"{'axis':18} {'value':>7} {'option':12} {names}  library / others   MiB")
+    print(f"{'axis':18} {'value':>7} {'option':12} {names}  library / others")
     for axis in arguments.axes:
         for work in AXES[axis]:
             for option, setting in OPTIONS.items():
@@ -97,7 +96,7 @@ def main() -> None:
                 if row is None:
                     row = case | measure(work, setting, arguments.repeats)
                     rows.append(row)
-                    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+                    arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
                 first = next(r for r in rows if (r["axis"], r["option"]) == (axis, option))
                 print(table(row, first), flush=True)
     draw(rows, arguments.output.with_suffix(".png"))

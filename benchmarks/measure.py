@@ -1,7 +1,9 @@
-"""What the benchmarks share: clocks, memory, fresh processes, models of a given size."""
+"""What the benchmarks share: clocks, memory, the processor, fresh processes, models of a given size."""
 
 import gc
 import multiprocessing
+import platform
+import re
 import resource
 import statistics
 from collections.abc import Callable
@@ -50,6 +52,19 @@ def resident_peak(function: Callable[[], Any]) -> float:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def host() -> dict[str, Any]:
+    """What a timing depends on: the processor, its bfloat16 instructions (none: emulated), torch and its vectors."""
+    text = Path("/proc/cpuinfo").read_text()
+    flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return {
+        "processor": name[1] if name else platform.machine(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": [f for f in ("avx512_bf16", "amx_bf16", "bf16") if flags and f in flags[1].split()],
+        "torch": torch.__version__,
+    }
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:

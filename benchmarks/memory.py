@@ -1,25 +1,26 @@
 """Peak memory of one scoring and backward pass: ``python benchmarks/memory.py``.
 
 The library builds logits for the scored positions only, in chunks; the straightforward version builds those of every
-position, twice. A thin network (hidden size 32, one layer) leaves little else to see; the last rows, of hidden size
-512, are LLaDA's head on one prompt's completions, trained and frozen (LoRA). Each figure comes from a fresh process.
-Prints a table, writes JSON.
+position, twice, and the competent one those of the completion, twice. A thin network (hidden size 32, one layer)
+leaves little else to see; the last rows, of hidden size 512, are LLaDA's head on one prompt's completions, trained and
+frozen (LoRA). Each figure comes from a fresh process. Prints a table, writes JSON.
 """
 
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
+import competent
 import torch
-from measure import in_fresh_process, random_policy, resident_peak
-from straightforward import terms
+from measure import host, in_fresh_process, random_policy, resident_peak
+from straightforward import log_probs, terms
 
 from espo_lightning import ELBO, Policy, Prompts
 from espo_lightning.scoring.score import score
 
-LIMIT = 12_288  # MiB: straightforward cases that need more by estimate are left out
+LIMIT = 12_288  # MiB: cases in which the straightforward version needs more by estimate are left out
+BASELINES = {"straightforward": log_probs, "competent": competent.log_probs}
 
 
 @dataclass(frozen=True)
@@ -41,29 +42,29 @@ class Case:
         return self.batch * (self.prompt + self.length) * self.vocabulary * 4 / 2**20
 
 
-CASES = [Case(v, n, n, b) for v, n, b in product((64, 49_152, 126_464), (32, 128), (2, 4, 8))]
+CASES = [Case(126_464, 128, 128, 8)]
 CASES += [Case(126_464, 144, 256, 6, hidden=512, frozen=frozen) for frozen in (False, True)]
 
 
-def peak(case: Case, library: bool) -> float:
+def peak(case: Case, side: str) -> float:
     """MiB that resident memory rises: scores of the completions on a coupled mask, and their gradient."""
     policy = random_policy(case.hidden, 1, 2, 2 * case.hidden, case.vocabulary)
     if case.frozen:
         policy.model.lm_head.requires_grad_(False)
         policy.model.model.embed_tokens.requires_grad_(False)
-    one_pass(policy, Case(case.vocabulary, 8, 8, 1), library)  # loads code; allocates the gradients, which stay
-    return resident_peak(lambda: one_pass(policy, case, library))
+    one_pass(policy, Case(case.vocabulary, 8, 8, 1), side)  # loads code; allocates the gradients, which stay
+    return resident_peak(lambda: one_pass(policy, case, side))
 
 
-def one_pass(policy: Policy, case: Case, library: bool) -> None:
+def one_pass(policy: Policy, case: Case, side: str) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(8, 64, (case.batch, case.prompt), generator=generator)
     completion = torch.randint(8, 64, (case.batch, case.length), generator=generator)
     masks = ELBO().draw(torch.arange(case.batch), case.length)
-    if library:
+    if side == "library":
         scored = score(policy, Prompts(prompts, None), completion, masks)
     else:
-        scored = terms(policy.model, policy.mask_id, prompts, completion, masks)
+        scored = terms(policy.model, policy.mask_id, prompts, completion, masks, BASELINES[side])
     scored.sum().backward()
 
 
@@ -71,26 +72,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     arguments = parser.parse_args()
-    print(
-        f"{'vocabulary':>10} {'hidden':>6} {'prompt':>7} {'length':>7} {'batch':>6} {'head':>7} "
-        f"{'logits':>7} {'straightforward':>16} {'library':>8}   MiB"
-    )
+    sides = (*BASELINES, "library")
+    names = ("vocabulary", "hidden", "prompt", "length", "batch", "head", "logits", *sides)
+    print(*(f"{name:>15}" for name in names), "  MiB")
     rows = []
     for case in CASES:
-        small = 6 * case.logits() <= LIMIT  # two passes, about three copies alive at the peak
-        plain = in_fresh_process(peak, case, False) if small else None
-        library = in_fresh_process(peak, case, True)
-        measured = {"logits_MiB": case.logits(), "straightforward_MiB": plain, "library_MiB": library}
-        rows.append(asdict(case) | measured)
-        shown = "left out" if plain is None else f"{plain:.0f}"
+        if 6 * case.logits() > LIMIT:  # two passes, about three copies alive at the peak
+            continue
+        measured = {side: in_fresh_process(peak, case, side) for side in sides}
+        rows.append(asdict(case) | {"logits": case.logits(), **measured})
         head = "frozen" if case.frozen else "trained"
-        print(
-            f"{case.vocabulary:10} {case.hidden:6} {case.prompt:7} {case.length:7} {case.batch:6} {head:>7} "
-            f"{case.logits():7.0f} {shown:>16} {library:8.0f}",
-            flush=True,
-        )
+        shown = (case.vocabulary, case.hidden, case.prompt, case.length, case.batch, head, f"{case.logits():.0f}")
+        print(*(f"{value:>15}" for value in (*shown, *(f"{measured[side]:.0f}" for side in sides))), flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    arguments.output.write_text(json.dumps({"host": host(), "rows": rows}, indent=1) + "\n")
     print(f"written to {arguments.output}")
 
 

@@ -3,13 +3,17 @@
 Training until the bundled Sudoku policy solves half of 256 held-out puzzles (greedy). Two recipes, the defaults of
 ``python -m espo_lightning.fit`` and the authors' settings for Sudoku, each run by two trainers, the library and the
 straightforward one, so that what a recipe saves and what code saves can be told apart; and the library with its
-defaults but two tokens a denoising step, as the authors decode. Every side tries the same learning rates on the same
-pilot seeds; those of the reported runs are others. A choice on the edge of the rates is printed as such.
+defaults but two tokens a denoising step, as the authors decode. For every recipe the same learning rates are tried on
+the same pilot seeds, by the library, and both trainers take the best one, as they compute the same (`assert_same`);
+the seeds of the reported runs are others.
+A rate's score is the rollouts that its pilots needed together; a pilot is cut off once that cannot be the fewest any
+more, which changes no choice. A choice on the edge of the rates is printed as such. The reported runs take the sides in
+turn, seed by seed.
 
 Quality is looked at after every rollout, outside of the clock, and the moment of one half lies between two looks, by
 linear interpolation, so that sides with long rollouts are not charged for rare looks. Stored with the user CPU seconds
 are the rollouts that were needed and the forward passes of one completion, which do not depend on a machine. A run ends
-at the target or after ``--budget`` CPU seconds; then its time is unknown (null), not the budget. Resumes where it was
+at the target or after a number of rollouts; then its time is unknown (null), not the limit. Resumes where it was
 stopped; writes JSON.
 """
 
@@ -18,22 +22,23 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from measure import in_fresh_process, user_seconds
+from measure import host, user_seconds
 from straightforward import Straightforward
 
 from espo_lightning import ELBO, Decoding, ESPOModule, Policy, PolicyGradient, PromptDataModule, Sudoku, load_policy
 from espo_lightning.keys import fold_in
 from espo_lightning.tasks.judge import judge
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-4, 1e-3, 3e-5, 3e-3)  # in the order in which they are tried
+SMALLER = (3e-4, 1e-4, 3e-5)  # of the authors' settings: of 3e-4 a pilot did not get there in 30 rollouts
 PILOTS = (101, 102)  # seeds on which rates are chosen, and no other is
 TARGET, PROBLEMS = 0.5, 256  # exact-grid accuracy, held-out puzzles
 TASK, PROMPTS = Sudoku(), 16
@@ -52,12 +57,13 @@ class Recipe:
     max_norm: float
     betas: tuple[float, float]
 
-    @property
-    def passes(self) -> int:
-        """Forward passes of a completion in a rollout and its updates, a trained one counted as three, if nothing is
-        left out: steps; old policy and reference; updates."""
-        scored = 2 * self.draws * self.updates
-        return self.steps + scored * (2 if self.beta else 1) + 3 * scored
+    def passes(self, spared: bool) -> int:
+        """Forward passes of a completion in a rollout and its updates, a trained one counted as three: steps; old
+        policy and reference; updates. ``spared``: without the old policy's for the first update, as the library."""
+        pairs = 2 * self.draws
+        old = self.updates - 1 if spared else self.updates
+        reference = self.updates if self.beta else 0
+        return self.steps + pairs * (old + reference + 3 * self.updates)
 
 
 DEFAULTS = Recipe(steps=16, group=8, updates=2, draws=1, clip_range=0.05, beta=3e-3, max_norm=1.0, betas=(0.9, 0.999))
@@ -75,8 +81,8 @@ def exact(policy: Policy) -> float:
 class Clock:
     """Training time and the accuracies seen at it."""
 
-    def __init__(self, policy: Policy, budget: float):
-        self.policy, self.budget, self.seconds = policy, budget, 0.0
+    def __init__(self, policy: Policy, limit: int):
+        self.policy, self.limit, self.seconds = policy, limit, 0.0
         self.curve = [(0.0, exact(policy))]
         self.start = user_seconds()
 
@@ -85,7 +91,7 @@ class Clock:
         self.seconds += user_seconds() - self.start
         self.curve.append((self.seconds, exact(self.policy)))
         self.start = user_seconds()
-        return self.curve[-1][1] >= TARGET or self.seconds > self.budget
+        return self.curve[-1][1] >= TARGET or len(self.curve) > self.limit
 
 
 class Stop(Callback):
@@ -101,10 +107,10 @@ class Stop(Callback):
         trainer.should_stop = self.clock.step()
 
 
-def library(recipe: Recipe, rate: float, seed: int, budget: float) -> list[tuple[float, float]]:
+def library(recipe: Recipe, rate: float, seed: int, limit: int) -> list[tuple[float, float]]:
     """The recipe by `ESPOModule`."""
     policy = load_policy("bundled:sudoku")
-    clock = Clock(policy, budget)
+    clock = Clock(policy, limit)
     module = ESPOModule(
         policy,
         decoding=Decoding(steps=recipe.steps),
@@ -129,7 +135,7 @@ def library(recipe: Recipe, rate: float, seed: int, budget: float) -> list[tuple
     return clock.curve
 
 
-def straightforward(recipe: Recipe, rate: float, seed: int, budget: float) -> list[tuple[float, float]]:
+def straightforward(recipe: Recipe, rate: float, seed: int, limit: int) -> list[tuple[float, float]]:
     """The recipe by `Straightforward`, which runs its reference also where beta does not need one: it does not here."""
     policy = load_policy("bundled:sudoku")
     trainer = Straightforward(
@@ -149,7 +155,7 @@ def straightforward(recipe: Recipe, rate: float, seed: int, budget: float) -> li
         max_norm=recipe.max_norm,
         generator=torch.Generator().manual_seed(seed),
     )
-    clock, over = Clock(policy, budget), False
+    clock, over = Clock(policy, limit), False
     while not over:
         first = (len(clock.curve) - 1) * PROMPTS
         problems = [TASK.problem("train", seed, first + i) for i in range(PROMPTS)]
@@ -182,40 +188,77 @@ def moment(curve: list[tuple[float, float]]) -> dict[str, float | None]:
     return {"seconds": before + part * (after - before), "rollouts": len(curve) - 2 + part}
 
 
-def run(side: str, rate: float, seed: int, budget: float) -> dict:
-    """One run: its curve, and when it crossed the target."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def run(side: str, rate: float, seed: int, limit: int) -> dict:
+    """One run of at most ``limit`` rollouts: its curve, and when it crossed the target."""
     trainer, recipe = SIDES[side]
-    curve = trainer(recipe, rate, seed, budget)
-    return {**moment(curve), "best": max(a for _, a in curve), "passes": recipe.passes, "curve": curve}
+    curve = trainer(recipe, rate, seed, limit)
+    best = max(accuracy for _, accuracy in curve)
+    passes = recipe.passes(spared=trainer is library)
+    return {**moment(curve), "best": best, "passes": passes, "limit": limit, "curve": curve}
+
+
+def choose(
+    needed: Callable[[float, int, int], float | None], limit: int, rates: tuple[float, ...] = RATES
+) -> float | None:
+    """The rate whose pilots need the fewest rollouts together, or None if no rate brings every pilot to the target.
+
+    Args:
+        needed: (rate, seed, limit) -> rollouts that a pilot needed; None if it did not get there within the limit.
+        limit: of any pilot. No pilot gets more rollouts than would leave its rate a chance.
+        rates: in the order in which they are tried.
+    """
+    fewest, chosen = math.inf, None
+    for rate in rates:
+        used = 0.0
+        for seed in PILOTS:
+            rollouts = needed(rate, seed, min(limit, math.ceil(fewest - used)) if fewest < math.inf else limit)
+            used += math.inf if rollouts is None else rollouts
+            if used >= fewest:
+                break
+        if used < fewest:
+            fewest, chosen = used, rate
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=120, help="CPU seconds of a run (default: 120)")
+    parser.add_argument("--limit", type=int, default=30, help="rollouts of a run (default: 30)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the chosen learning rate (default: 5)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="some (default: all)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     options.output.parent.mkdir(exist_ok=True)
-    runs = json.loads(options.output.read_text()) if options.output.exists() else {}
+    stored = json.loads(options.output.read_text()) if options.output.exists() else {"host": host(), "runs": {}}
+    runs = stored["runs"]
 
-    def done(side: str, rate: float, seed: int) -> dict:
+    def done(side: str, rate: float, seed: int, limit: int) -> dict:
         key = f"{side} lr={rate:g} seed={seed}"
         if key not in runs:
-            runs[key] = in_fresh_process(run, side, rate, seed, options.budget)
-            options.output.write_text(json.dumps(runs, indent=1) + "\n")
-        print(f"{key:60} seconds {runs[key]['seconds']}  best {runs[key]['best']:.3f}", flush=True)
+            runs[key] = run(side, rate, seed, limit)
+            options.output.write_text(json.dumps(stored, indent=1) + "\n")
+        print(f"{key:60} rollouts {runs[key]['rollouts']}  best {runs[key]['best']:.3f}", flush=True)
         return runs[key]
 
-    for side in options.sides:
-        pilots = {rate: [done(side, rate, seed) for seed in PILOTS] for rate in RATES}
-        needed = {rate: mean(r["seconds"] or math.inf for r in of_rate) for rate, of_rate in pilots.items()}
-        chosen = min(needed, key=needed.get)
-        edge = " (on the edge of the rates)" if chosen in (RATES[0], RATES[-1]) else ""
-        seconds = [done(side, chosen, seed)["seconds"] for seed in range(10, 10 + options.seeds)]
-        print(f"{side}: learning rate {chosen:g}{edge}, seconds {seconds}", flush=True)
+    pilots = {recipe: side for side, (trainer, recipe) in SIDES.items() if trainer is library}
+    rates = {
+        recipe: choose(
+            lambda rate, seed, limit, side=side: done(side, rate, seed, limit)["rollouts"],
+            options.limit,
+            SMALLER if recipe == AUTHORS else RATES,
+        )
+        for recipe, side in pilots.items()
+    }
+    stored["rates"] = {side: rates[recipe] for side, (_, recipe) in SIDES.items()}
+    for seed in range(10, 10 + options.seeds):
+        for side, rate in stored["rates"].items():
+            if rate:
+                done(side, rate, seed, options.limit)
+    for side, rate in stored["rates"].items():
+        edge = " (on the edge of the rates)" if rate in (min(RATES), max(RATES)) else ""
+        print(f"{side}: learning rate {rate}{edge}")
+    options.output.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"written to {options.output}")
 
 

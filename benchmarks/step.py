@@ -1,13 +1,13 @@
 """One outer ESPO step, library against the straightforward and a competent version: ``python benchmarks/step.py``.
 
 All run in one process, turn by turn: the library inside ``Trainer.fit``, as users run it, the
-other versions in a callback between its batches. Prints a table, writes JSON.
+other versions in a callback between its batches. Prints a table, writes JSON. Rows that it has already are not measured
+again.
 """
 
 import argparse
 import json
 import logging
-import platform
 import tempfile
 import time
 import warnings
@@ -21,7 +21,8 @@ import competent
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from measure import in_fresh_process, matmul_peak, random_policy, resident_peak, summary, user_seconds
+from measure import host, in_fresh_process, matmul_peak, random_policy, summary, user_seconds
+from startup import ROOT, commit
 from straightforward import Straightforward, assert_same
 from workloads import BETA, CLIP, OF_THE_WORKLOAD, ROWS, SIZES, Setting, Workload
 
@@ -184,50 +185,43 @@ def time_all(work: Workload, setting: Setting, repeats: int) -> tuple[dict[str, 
     return alternate.runs, max(peak, matmul_peak()), differences
 
 
-def peak_memory(work: Workload, setting: Setting, side: str) -> float:
-    """MiB that resident memory rises in two outer steps of one side, the code being loaded already."""
-    policy, prompts = prepare(work)
-
-    def run(policy: Policy) -> None:
-        if side == "library":
-            fit(policy, work, setting, 2, [])
-        else:
-            baseline = make_baseline(policy, work, side)
-            for _ in range(2):
-                baseline.outer_step(prompts, plain_reward)
-
-    run(random_policy(8, 1, 1, 8, work.vocabulary))
-    return resident_peak(lambda: run(policy))
-
-
 def measure(name: str, work: Workload, setting: Setting, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     sides, peak, differences = in_fresh_process(time_all, work, setting, repeats)
-    row: dict[str, Any] = {"name": name, **asdict(work), **asdict(setting), "differences": differences}
+    row: dict[str, Any] = {
+        "name": name,
+        "repeats": repeats,
+        **asdict(work),
+        **asdict(setting),
+        "differences": differences,
+    }
     for side, runs in sides.items():
         row[side] = {key: summary([run[key] for run in runs[1:]]) for key in ("step", "wall", *PHASES)}
         row[side]["warm_up"] = runs[0]["step"]
         tokens = work.prompts * work.group * work.length
         row[side]["tokens_per_second"] = {key: tokens / row[side][key]["median"] for key in ("rollout", "step")}
-        row[side]["peak_MiB"] = in_fresh_process(peak_memory, work, setting, side)
         if setting.same_work:
             update = work.flops(0, 2 * work.updates * work.draws)
             row[side]["share_of_peak"] = work.step_flops / row[side]["step"]["median"] / peak
             row[side]["update_share_of_peak"] = update / row[side]["update"]["median"] / peak
     row["matmul_gflops"] = peak / 1e9
-    row["ratio"] = {  # library / baseline
+    return row | {"ratio": ratios(sides)}
+
+
+def ratios(sides: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Library / baseline, of each step of the library and that of the baseline after it: median and range."""
+    return {
         side: {
-            key: {of: row["library"][key][of] / row[side][key][of] for of in ("median", "min")}
+            key: summary([own[key] / other[key] for own, other in zip(sides["library"][1:], sides[side][1:])])
             for key in ("step", *PHASES)
         }
         for side in BASELINES
     }
-    return row
 
 
 HEADER = (
     f"{'size':6} {'setting':20} {'side':16} {'step, s':>20} {'wall':>7} {'rollout':>8} {'score':>8} {'update':>8} "
-    f"{'tokens/s':>9} {'MiB':>6} {'peak':>5}  {'ratio (of minima)':>17}"
+    f"{'tokens/s':>9} {'peak':>5}  {'ratio':>17}"
 )
 
 
@@ -240,10 +234,10 @@ def table(row: dict[str, Any]) -> str:
         phases = " ".join(f"{s[phase]['median']:8.2f}" for phase in PHASES)
         share = f"{s['share_of_peak']:5.0%}" if "share_of_peak" in s else "    -"
         step_ratio = row["ratio"].get(side, {}).get("step")
-        ratio = f"{step_ratio['median']:.2f} ({step_ratio['min']:.2f})" if step_ratio else ""
+        ratio = "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(step_ratio) if step_ratio else ""
         lines.append(
             f"{row['size']:6} {row['name']:20} {side:16} {step:>20} {s['wall']['median']:7.2f} {phases} "
-            f"{s['tokens_per_second']['step']:9.0f} {s['peak_MiB']:6.0f} {share}  {ratio:>17}"
+            f"{s['tokens_per_second']['step']:9.0f} {share}  {ratio:>17}"
         )
     return "\n".join(lines)
 
@@ -260,17 +254,20 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = {name: n for name in OF_THE_WORKLOAD if (n := getattr(arguments, name)) is not None}
     names, repeats = (arguments.rows[:1], 2) if arguments.quick else (arguments.rows, arguments.repeats)
-    machine = {"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"host": host(), "rows": []}
     print(HEADER)
     for size in arguments.sizes:
         for name in names:
             work, setting = ROWS[name]
-            rows.append(measure(name, replace(work, size=size, **chosen), setting, repeats))
-            print(table(rows[-1]), flush=True)
-            result = {**machine, "torch": torch.__version__, "rows": rows}
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            case = {"name": name} | asdict(replace(work, size=size, **chosen))
+            row = next((r for r in stored["rows"] if case.items() <= r.items()), None)
+            if row is None:
+                row = measure(name, replace(work, size=size, **chosen), setting, repeats) | {"commit": commit(ROOT)}
+                stored["rows"].append(row)
+                # an objective among the arguments of the module has functions
+                arguments.output.write_text(json.dumps(stored, indent=1, default=lambda f: f.__name__) + "\n")
+            print(table(row), flush=True)
     print(f"written to {arguments.output}")
 
 

@@ -8,6 +8,7 @@ ever touched.
 import torch
 from torch import Tensor
 
+NO_FLOAT64 = ("mps",)  # types of devices that do not know it: Apple's GPUs
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed int64: the increment of SplitMix64
 
 
@@ -45,8 +46,8 @@ def uniforms(keys: Tensor, numbers: Tensor) -> Tensor:
 
 
 def real(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device: Apple's GPUs know no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The widest floating-point type of a device."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 def unit(bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ class Counted:
     def __init__(self, policy):
         self.policy, self.passes = policy, []
         self.mask_id, self.layout, self.prefix, self.selective = policy.mask_id, policy.layout, policy.prefix, True
-        self.eos_ids, self.eos_id = policy.eos_ids, policy.eos_id
+        self.eos_ids, self.eos_id, self.check_tokens = policy.eos_ids, policy.eos_id, policy.check_tokens
 
     def __call__(self, ids, *args, prefix=None, **kwargs):
         self.passes.append((len(ids), ids.shape[1] - (0 if prefix is None else len(prefix))))

@@ -188,6 +188,7 @@ class Positions:
     def __init__(self, policy):
         self.policy, self.tokens, self.head = policy, [], 0
         self.mask_id, self.layout, self.prefix, self.resumes = policy.mask_id, policy.layout, policy.prefix, True
+        self.check_tokens = policy.check_tokens
 
     def __call__(self, ids, attention, select, *args, prefix=None, **kwargs):
         self.tokens.append(len(ids) * (ids.shape[1] - (0 if prefix is None else len(prefix))))

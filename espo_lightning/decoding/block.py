@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Trace
-from espo_lightning.decoding.masked import Decoding, _note, _proposer, end, step_noise
+from espo_lightning.decoding.masked import Decoding, _note, _proposer, end
+from espo_lightning.decoding.proposals import require_finite
 from espo_lightning.decoding.schedules import Step, commit
+from espo_lightning.decoding.steps import needing, step_noise, true_places
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class _Canvas:
     """Prompts and canvases in slots, and the passes over them; see `Slots`. ids: int64 [B, T]."""
 
     def __init__(self, policy, prompts, decoding: BlockDecoding):
+        policy.check_tokens(prompts.ids.shape[1] + decoding.length)
         self.policy, self.slots = policy, policy.layout.slots(prompts, decoding.length)
         canvas = F.pad(prompts.ids, (0, decoding.length), value=policy.mask_id)
         self.ids, self.owned = self.slots.show(canvas, empty=policy.mask_id), self.slots.owned()
@@ -124,7 +127,8 @@ class _Canvas:
         everything, nothing = self.ids[:, :stop], torch.zeros_like(self.owned[:, :stop])
         sees = self.slots.sees(slice(start, stop), slice(0, stop))
         positions = self.slots.positions[:, :stop]
-        self.policy(everything, sees, nothing, lambda logits: logits[:, 0], prefix=self.known, positions=positions)
+        passed = {"prefix": self.known, "positions": positions}
+        self.policy(everything, sees, nothing, lambda logits, none: none, everything[:0, 0], **passed)
 
     def look(self, rows: Tensor, places: slice) -> _View:
         """At the block at ``places``, in some rows."""
@@ -172,7 +176,8 @@ def decode_blocks(
         Token ids [B, L] without a mask token, and their trace.
     """
     canvas, length, plan = _Canvas(policy, prompts, decoding), decoding.length, decoding.plan
-    slots, propose = canvas.slots, _proposer(decoding, canvas.ids.new_tensor(policy.mask_id), traced)
+    finite: list[Tensor] = []
+    slots, propose = canvas.slots, _proposer(decoding, canvas.ids.new_full((), policy.mask_id), traced, finite.append)
     everyone = torch.arange(len(canvas.ids), device=keys.device)
     steps, nats = torch.full_like(canvas.ids, -1), torch.zeros(canvas.ids.shape, device=keys.device)  # of the trace
     ask = decoding.data_dependent or policy.layout.origin == "global"  # then blocks differ from prompt to prompt
@@ -182,20 +187,24 @@ def decode_blocks(
         if block and ask and not agree(bool(canvas.hidden(everyone, slice(slots.width, None)).any())):
             break
         canvas.finish(places.start)
-        rows, taken = everyone, block * busy
+        rows, taken, left = everyone, block * busy, slots.block  # of every row, if that is foreseen
         for number, step in enumerate(plan, block * len(plan)):
             if step == Step(0):
                 continue
             hidden = canvas.hidden(rows, places)  # [n, b]
+            count, left = left * len(rows), left - step.count
+            if ask or not decoding.foreseen:
+                each = hidden.sum(1).tolist()  # the one time that a step waits for the device
+                count = sum(each)
             if ask:
-                needed = hidden.any(1).nonzero().squeeze(1)
-                if not agree(len(needed) > 0):
+                if not agree(count > 0):
                     break
-                if len(needed) < len(rows):
-                    rows = rows[needed if len(needed) else everyone[:1]]
+                if not all(each):
+                    rows = rows[needing(hidden, each)]
                     hidden = canvas.hidden(rows, places)
             position = torch.arange(places.start, places.stop, device=keys.device) - slots.where[rows, :1]
-            u_token, u_order = step_noise(keys[rows], number, position.clamp(0, length - 1), length)[:, hidden]
+            noise = step_noise(keys[rows], number, position.clamp(0, length - 1), length)
+            u_token, u_order = noise.flatten(1)[:, true_places(hidden, count)]
             tokens, priority, *noted = canvas.run(rows, places, hidden, propose, u_token, u_order)
             chosen, old = commit(hidden, priority, step), canvas.ids[rows, places]
             canvas.ids[rows, places] = torch.where(chosen, old.masked_scatter(hidden, tokens), old)
@@ -205,5 +214,6 @@ def decode_blocks(
             taken += 1
             if decoding.early_stop:
                 canvas.stop_ended(rows)
+    require_finite(torch.cat(finite))
     completion, *trace = (x.gather(1, slots.where) for x in (canvas.ids, steps, nats))
     return completion, Trace(*trace) if traced else None

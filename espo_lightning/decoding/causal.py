@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espo_lightning.decoding.decoder import Decoder, Trace
-from espo_lightning.decoding.proposals import entropy, greedy_tokens, sample_tokens, warp
+from espo_lightning.decoding.proposals import entropy, greedy_tokens, require_finite, sample_tokens, warp
 from espo_lightning.keys import uniform
 from espo_lightning.ranges import check_counts
+
+ASKED = 8  # tokens between two questions whether all have ended, where a question waits for the device
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def decode_left_to_right(
         policy: a causal `Policy`.
         prompts: `Prompts` of B rows and width P.
         keys: int64 [B], the randomness of each completion; position i takes the i-th uniform of its key.
-        agree: see `Decoder.decode`; asked once before every token.
+        agree: see `Decoder.decode`; asked before every token on a CPU, and before every `ASKED` tokens elsewhere.
         traced: whether to note the entropies.
 
     Returns:
@@ -74,19 +76,23 @@ def decode_left_to_right(
     """
     batch, length = len(prompts.ids), decoding.length
     end = policy.tokenizer.eos_token_id
-    ends = torch.tensor(sorted(policy.eos_ids), device=prompts.ids.device)
     completion = prompts.ids.new_full((batch, length), end)
     running = torch.ones(batch, dtype=torch.bool, device=prompts.ids.device)
+    finite: list[Tensor] = []
+    ends = torch.stack([completion.new_full((), token) for token in sorted(policy.eos_ids)])
+    every = 1 if keys.device.type == "cpu" else ASKED
     noise, entropies = uniform(keys, length), torch.zeros(batch, length, device=keys.device)
 
     def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         warped = warp(logits, decoding.temperature, top_p=1.0)
-        tokens = sample_tokens(warped, u) if decoding.temperature else greedy_tokens(warped)
+        tokens = (
+            sample_tokens(warped, u, finite.append) if decoding.temperature else greedy_tokens(warped, finite.append)
+        )
         return (tokens, entropy(warped)) if traced else (tokens,)
 
     prefix = policy.prefix(room=prompts.ids.shape[1] + length)
     for i in range(length):
-        if not agree(bool(running.any())):
+        if i % every == 0 and not agree(bool(running.any())):
             break
         ids = torch.cat([prompts.ids, completion[:, :i]], 1)
         select = F.pad(torch.zeros_like(ids, dtype=torch.bool), (0, 1), value=True)  # the token to come
@@ -94,6 +100,7 @@ def decode_left_to_right(
         completion[:, i] = tokens.where(running, end)
         for entropy_of_tokens in noted:
             entropies[:, i] = entropy_of_tokens.where(running, 0.0)
-        running &= ~torch.isin(tokens, ends)
+        running &= (tokens.unsqueeze(-1) != ends).all(-1)
+    require_finite(torch.cat(finite))
     steps = torch.arange(length, device=keys.device).expand(batch, -1)
     return completion, Trace(steps, entropies) if traced else None

@@ -25,9 +25,10 @@ from torch import Tensor
 from espo_lightning.decoding.caching import Caching, check_caching
 from espo_lightning.decoding.decoder import Decoder, Trace
 from espo_lightning.decoding.orders import POLICY_FREE, low_confidence, perturb, random_order
-from espo_lightning.decoding.proposals import entropy, greedy_tokens, sample_tokens, warp
+from espo_lightning.decoding.proposals import entropy, greedy_tokens, require_finite, sample_tokens, warp
 from espo_lightning.decoding.schedules import Step, commit, even_schedule
-from espo_lightning.keys import fold_in, randint, uniform, uniforms
+from espo_lightning.decoding.steps import needing, steps_noise, true_places
+from espo_lightning.keys import fold_in, randint, uniform
 from espo_lightning.ranges import check_whole
 
 
@@ -182,6 +183,11 @@ class Decoding(Decoder):
         """Whether the number of forward passes depends on what is decoded; `generate`'s ``agree`` is for these."""
         return self.threshold is not None or self.early_stop
 
+    @property
+    def foreseen(self) -> bool:
+        """Whether it is known beforehand how many positions every step finds hidden."""
+        return not self.data_dependent and all(step.bar == math.inf for step in self.plan)
+
 
 def generate(
     policy, prompts, keys: Tensor, decoding: Decoding, agree: Callable[[bool], bool] = lambda more: more
@@ -214,13 +220,18 @@ def decode(
     return _unmask(policy, prompts, keys, decoding, agree, traced=True)
 
 
-def _proposer(decoding: Decoding, mask_token: Tensor, traced: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """(logits [n, V], uniforms [n] twice) -> tokens [n], their priorities, and if ``traced`` their laws' entropies."""
+def _proposer(
+    decoding: Decoding, mask_token: Tensor, traced: bool, check: Callable[[Tensor], None]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """(logits [n, V], uniforms [n] twice) -> tokens [n], their priorities, and if ``traced`` their laws' entropies.
+
+    check: see `greedy_tokens`.
+    """
 
     def propose(logits: Tensor, u_token: Tensor, u_order: Tensor) -> tuple[Tensor, ...]:
         logits = logits.index_fill(-1, mask_token, float("-inf"))  # neither drawn nor part of a confidence
         warped = warp(logits, decoding.temperature, decoding.top_p)
-        tokens = sample_tokens(warped, u_token) if decoding.temperature else greedy_tokens(warped)
+        tokens = sample_tokens(warped, u_token, check) if decoding.temperature else greedy_tokens(warped, check)
         priority = decoding.order(logits, warped, tokens, u_order)
         if decoding.order_temperature:
             priority = perturb(priority, decoding.order_temperature, u_order)
@@ -235,9 +246,9 @@ def _unmask(
 ) -> tuple[Tensor, Trace | None]:
     width, length = prompts.ids.shape[1], decoding.length
     canvas = F.pad(prompts.ids, (0, length), value=policy.mask_id)
-    attention, mask_token = prompts.seen_by(policy, length), canvas.new_tensor(policy.mask_id)
-    everyone, plan = torch.arange(len(canvas), device=canvas.device), decoding.plan
-    propose, shape = _proposer(decoding, mask_token, traced), (len(canvas), length)
+    attention, mask_token = prompts.seen_by(policy, length), canvas.new_full((), policy.mask_id)
+    everyone, plan, finite = torch.arange(len(canvas), device=canvas.device), decoding.plan, []
+    propose, shape = _proposer(decoding, mask_token, traced, finite.append), (len(canvas), length)
     trace = Trace(keys.new_full(shape, -1), torch.zeros(shape, device=keys.device)) if traced else None
     busy = sum(step != Step(0) for step in plan)  # the trace numbers steps that may commit; the noise, all of them
 
@@ -246,24 +257,28 @@ def _unmask(
         inside = slice(first, first + decoding.block_length)  # of the completion
         active = slice(width + inside.start, width + inside.stop)  # of the canvas
         places = torch.arange(inside.start, inside.stop, device=canvas.device).unsqueeze(0)
-        rows, taken = everyone, block * busy
+        rows, taken, left = everyone, block * busy, decoding.block_length  # of every row, if that is foreseen
         caching = Caching(policy, decoding, active)
+        noise = steps_noise(keys, range(block * len(plan), (block + 1) * len(plan)), places, length)
         for number, step in enumerate(plan, block * len(plan)):
             if step == Step(0):
                 continue
             hidden = canvas[rows, active] == mask_token  # [n, l]
+            count, left = left * len(rows), left - step.count
+            if not decoding.foreseen:
+                each = hidden.sum(1).tolist()  # the one time that a step waits for the device
+                count = sum(each)
             if decoding.data_dependent:
-                needed = hidden.any(1).nonzero().squeeze(1)
-                if not agree(len(needed) > 0):
+                if not agree(count > 0):
                     break
-                if len(needed) < len(rows):
-                    needed = needed if len(needed) else everyone[:1]
-                    rows, hidden = rows[needed], hidden[needed]
-                    caching.keep(needed)
+                if not all(each):
+                    keep = needing(hidden, each)
+                    rows, hidden = rows[keep], hidden[keep]
+                    caching.keep(keep)
             ids = canvas[rows]
             select = torch.zeros_like(ids, dtype=torch.bool)
             select[:, active] = hidden
-            u_token, u_order = step_noise(keys[rows], number, places, length)[:, hidden]
+            u_token, u_order = noise(number)[:, rows].flatten(1)[:, true_places(hidden, count)]
             tokens, priority, *noted = policy(
                 ids,
                 None if attention is None else attention[rows],
@@ -284,21 +299,8 @@ def _unmask(
     for number in range(decoding.corrector):
         step = fold_in(keys, decoding.blocks * len(plan) + number)
         _correct(policy, canvas, attention, step, propose, length, trace, decoding.blocks * busy + number)
+    require_finite(torch.cat(finite))
     return canvas[:, width:], trace
-
-
-def step_noise(keys: Tensor, number: int, places: Tensor, length: int) -> Tensor:
-    """Uniforms of a step for tokens and orders at some positions of canvases of L tokens: [2, n, places].
-
-    They are numbered by (key, step, position), whoever else is in the batch.
-
-    Args:
-        keys: int64 [n].
-        number: of the step.
-        places: positions, int64 [n or 1, places].
-        length: L.
-    """
-    return uniforms(fold_in(keys, number), torch.stack([places, places + length]).expand(2, len(keys), -1))
 
 
 def _note(trace: Trace, where: tuple[Tensor | slice, slice], chosen: Tensor, step: int, nats: Tensor) -> None:
@@ -330,6 +332,6 @@ def _correct(
 def end(completion: Tensor, policy) -> Tensor:
     """Completions [n, L], the hidden rest of those whose text is complete filled with end-of-text tokens."""
     hidden = completion == policy.mask_id
-    ends = torch.isin(completion, torch.tensor(sorted(policy.eos_ids), device=completion.device))
+    ends = torch.stack([completion == token for token in sorted(policy.eos_ids)]).any(0)
     ended = (ends & (hidden.cumsum(1) == 0)).any(1, keepdim=True)
     return completion.masked_fill(hidden & ended, policy.eos_id)

@@ -1,5 +1,7 @@
 """Proposals: the law that a token is drawn from, and drawing from it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,10 @@ def warp(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def require_finite(values: Tensor) -> None:
-    """Raise a FloatingPointError unless every value [n], one for each row of logits, is a finite number."""
+    """Raise a FloatingPointError unless every value [n], one for each row of logits, is a finite number.
+
+    It waits for the device. Decoders keep the values and ask once, at their end.
+    """
     if not (finite := values.isfinite()).all():
         count = int((~finite).sum())
         raise FloatingPointError(
@@ -34,23 +39,27 @@ def require_finite(values: Tensor) -> None:
         )
 
 
-def greedy_tokens(logits: Tensor) -> Tensor:
+def greedy_tokens(logits: Tensor, check: Callable[[Tensor], None] = require_finite) -> Tensor:
     """The most probable token of every row: [n, V] -> [n].
+
+    Args:
+        check: called with values [n] that are finite where the logits are; see `require_finite`.
 
     Raises:
         FloatingPointError: logits are NaN or infinite.
     """
     tokens = logits.argmax(-1)  # NaN counts as the largest
-    require_finite(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+    check(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
     return tokens
 
 
-def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, u: Tensor, check: Callable[[Tensor], None] = require_finite) -> Tensor:
     """One token per row from softmax(logits) by inverse CDF.
 
     Args:
         logits: float32 [n, V]; a token of probability 0 is never drawn.
         u: uniforms [n] in [0, 1).
+        check: as in `greedy_tokens`.
 
     Raises:
         FloatingPointError: logits are NaN or infinite.
@@ -58,14 +67,15 @@ def sample_tokens(logits: Tensor, u: Tensor) -> Tensor:
     probabilities = torch.softmax(logits, -1)
     cdf = probabilities.cumsum(-1)
     total = cdf[:, -1:]
-    require_finite(total.squeeze(-1))  # one NaN or infinity makes its row's sum NaN
+    check(total.squeeze(-1))  # one NaN or infinity makes its row's sum NaN
     # strictly below the total, so that the search ends inside the row
     point = torch.minimum(u.float().unsqueeze(-1) * total, total * (1 - 2**-23))
-    token = torch.searchsorted(cdf, point, right=True)
-    impossible = probabilities.gather(-1, token) == 0
-    if impossible.any():  # a parallel sum (CUDA) may rise by rounding where nothing is added
-        token = torch.where(impossible, probabilities.argmax(-1, keepdim=True), token)
-    return token.squeeze(-1)
+    token = torch.searchsorted(cdf, point, right=True).clamp(max=logits.shape[-1] - 1)  # beyond the row if it is NaN
+    # a parallel sum (CUDA) may rise by rounding where nothing is added; and NaN must not become the mask token
+    impossible = ~(probabilities.gather(-1, token) > 0)
+    if token.device.type == "cpu" and not impossible.any():  # a question that another device would be waited for
+        return token.squeeze(-1)
+    return torch.where(impossible, logits.argmax(-1, keepdim=True), token).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from espo_lightning.decoding.decoder import Decoder
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.policies.fingerprint import fingerprint
 from espo_lightning.policies.policy import Policy
+from espo_lightning.policies.precision import tell_slow_type
 from espo_lightning.tasks.base import Problem, Verdict
 from espo_lightning.tasks.judge import judge_all
 
@@ -26,6 +27,8 @@ def solve(
 def place(policy: Policy, device: str, local: int = 0) -> None:
     """Put a policy on a device, "auto" = GPU number ``local`` or the CPU if there is none, in eval mode.
 
+    The first process warns if its type of numbers is slow there (`slow_type`).
+
     Raises:
         ValueError: there is no such device.
     """
@@ -36,6 +39,8 @@ def place(policy: Policy, device: str, local: int = 0) -> None:
     except (RuntimeError, AssertionError) as error:  # torch built without it, or no such name
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device} is not possible ({reason}): use auto, cpu, or cuda:0 and so on") from error
+    if local == 0:
+        tell_slow_type(policy)
 
 
 def as_json(decoding: Decoding) -> dict:

@@ -44,7 +44,7 @@ def load_policy(
             `masked_lm` (BERT, RoBERTa, ModernBERT, ...), or a peft LoRA adapter for one of them.
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored). New adapters are float32.
         attention: transformers' kernel: sdpa, eager, flash_attention_2, ... Of bfloat16 weights on a CPU, eager trains
-            1.4 times faster: sdpa's backward pass is slow there (benchmarks/NOTES.md).
+            1.7 times faster: sdpa's backward pass is slow there (benchmarks/NOTES.md).
         gradient_checkpointing: recompute every layer in the backward pass instead of keeping its activations.
         lora: adapters to add; everything else is then frozen.
         trust_remote_code: run the checkpoint's own code where its model_type is unknown. It must be laid out like Llama

@@ -62,7 +62,10 @@ def add_adapter(model: nn.Module, lora: LoRA) -> nn.Module:
     generator = torch.Generator().manual_seed(lora.seed)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            drawn = nn.init.kaiming_uniform_(
+                torch.empty_like(parameter, device="cpu"), a=math.sqrt(5), generator=generator
+            )
+            parameter.data.copy_(drawn)  # the same on every device
     return model
 
 

@@ -218,14 +218,15 @@ class Policy(nn.Module):
 
     def decode(self, completion: Tensor) -> list[str]:
         """Text of each completion [B, L] up to its first end-of-text token, without special tokens."""
+        completion = completion.cpu()  # at once
         return [
-            self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
-            for row, n in zip(completion, self.lengths(completion))
+            self.tokenizer.decode(row[:n], skip_special_tokens=True)
+            for row, n in zip(completion.tolist(), self.lengths(completion).tolist())
         ]
 
     def lengths(self, completion: Tensor) -> Tensor:
         """Tokens before the first end-of-text token: [B, L] -> [B]."""
-        ends = torch.isin(completion, torch.tensor(sorted(self.eos_ids), device=completion.device))
+        ends = torch.stack([completion == token for token in sorted(self.eos_ids)]).any(0)
         return torch.where(ends.any(-1), ends.int().argmax(-1), completion.shape[-1])
 
     @property
@@ -261,18 +262,17 @@ class Policy(nn.Module):
                 first if there is a shift. Then it may be [N, T + 1], as the token after the last is predicted too.
             reduce: (float32 logits [c, V], *columns [c]) -> a tensor or tuple of tensors [c], called on
                 chunks, so that the logits of all positions never exist at once.
-            columns: tensors [n], one entry per selected position in row-major order.
+            columns: tensors [n], one entry per selected position in row-major order; without any, n is waited for.
             prefix: what `Policy.prefix` made: what it knows of ``ids`` is not computed again.
-            positions: int64 [N, T], the places of the tokens; None = 0, 1, .. T - 1.
+            positions: int64 [N, T], the places of the tokens, which are not checked here; None = 0, 1, .. T - 1.
 
         Returns:
             What ``reduce`` returns, for all n positions.
 
         Raises:
-            ValueError: more positions than the network was made for, or a block-causal policy was not told who attends
-                to whom.
+            ValueError: more tokens than the network was made for, or a block-causal policy was not told who sees whom.
         """
-        self.check_tokens(ids.shape[1] if positions is None else int(positions.max()) + 1)
+        self.check_tokens(ids.shape[1] if positions is None else 0)
         if self.layout.block is not None and (prefix is None if attention is None else attention.ndim == 2):
             raise ValueError(f"this policy has {self.layout}: pass attention=prompts.seen_by(policy, length)")
         network = {"use_cache": prefix is not None}
@@ -287,9 +287,10 @@ class Policy(nn.Module):
                 attention = attention[:, -ids.shape[1] :]
         select = select[:, self.shift :]
         select = F.pad(select, (0, ids.shape[1] - select.shape[1]))
-        rows = select.flatten().nonzero().squeeze(-1)  # of the flattened hidden states [N T, d]
+        selected = select.flatten()
+        rows = torch.nonzero_static(selected, size=len(columns[0])) if columns else selected.nonzero()
         with nullcontext() if prefix is None else prefix.filled(self, self.training and self._recomputes):
-            hidden = self.states(ids, attention, rows, **network)
+            hidden = self.states(ids, attention, rows.squeeze(-1), **network)  # of the flattened states [N T, d]
         return apply_head(self.head, hidden, reduce, columns)
 
     def prefix(self, start: int | None = None, room: int | None = None, stop: int | None = None) -> "Prefix":

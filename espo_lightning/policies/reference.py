@@ -23,6 +23,7 @@ class FrozenReference(nn.Module):
         shared = {id(policy.tokenizer): policy.tokenizer}
         self.policy = deepcopy(policy, shared).requires_grad_(False).eval()  # of the policy's own class
         self.mask_id, self.lengths, self.layout = policy.mask_id, self.policy.lengths, policy.layout
+        self.check_tokens = self.policy.check_tokens
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +55,7 @@ class AdapterOff:
     def __init__(self, policy: Policy):
         self.policy, self.mask_id, self.lengths = policy, policy.mask_id, policy.lengths
         self.layout, self.prefix, self.resumes = policy.layout, policy.prefix, policy.selective
+        self.check_tokens = policy.check_tokens
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -98,6 +98,8 @@ def block_log_probs(policy, prompts, completion: Tensor, masks: Masks) -> Tensor
     """
     if not torch.is_grad_enabled() and len(masks.weight) > DRAWS:
         return torch.cat([block_log_probs(policy, prompts, completion, part) for part in masks.split(DRAWS)])
+    policy.check_tokens(prompts.ids.shape[1] + completion.shape[1])
+    masks = masks.tallied()
     used, hidden, wanted = masks.rows()
     owner = used % len(completion)
     slots = policy.layout.slots(prompts, completion.shape[1])

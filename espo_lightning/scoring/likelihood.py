@@ -269,9 +269,9 @@ class MeanField(SeenLikelihood):
         return self.prompt_noise > 0
 
     def masks(self, keys: Tensor, seen: Seen) -> Masks:
-        hidden, weight, coupled, _ = full_mask(keys, seen.valid.shape[1])
+        masks = full_mask(keys, seen.valid.shape[1])
         noise = prompt_noise(fold_in(keys, -7).unsqueeze(0), seen.prompt, self.prompt_noise)
-        return Masks(hidden, weight * seen.valid if self.to_end else weight, coupled, noise)
+        return masks._replace(weight=masks.weight * seen.valid if self.to_end else masks.weight, prompt=noise)
 
 
 @dataclass(frozen=True)

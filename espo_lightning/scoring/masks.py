@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espo_lightning.keys import fold_in, randint, randints, random_bits, random_subset, uniform
+from espo_lightning.keys import fold_in, randint, randints, random_bits, random_subset, real, uniform
 
 
 class Masks(NamedTuple):
@@ -18,12 +18,14 @@ class Masks(NamedTuple):
         weight: float32 [M, B, L], the factor of each position's log-probability in the score; 0 = not scored.
         coupled: whether a second forward with the complement of ``hidden`` scores the other positions.
         prompt: bool [M, B, P], tokens of the prompt that are shown as [MASK], never scored; None = none.
+        tally: int64 [H, M, B] on the CPU, how many positions every pass scores, see `tallied`; None = not yet counted.
     """
 
     hidden: Tensor
     weight: Tensor
     coupled: bool
     prompt: Tensor | None = None
+    tally: Tensor | None = None
 
     @property
     def passes(self) -> Tensor:
@@ -35,37 +37,50 @@ class Masks(NamedTuple):
         """Where every forward pass is read: bool [H, M, B, L]; no position of a draw is read twice."""
         return self.passes & (self.weight != 0)
 
+    def tallied(self) -> "Masks":
+        """The same with its `tally`, for which the device is waited for once. All passes on these masks, and on parts
+        of them, then have shapes that the host knows."""
+        return self if self.tally is not None else self._replace(tally=self.scored.sum(-1).cpu())
+
+    @property
+    def count(self) -> int:
+        """Scored positions of all passes, if it is `tallied`."""
+        return int(self.tally.sum())
+
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The N passes to be run: whose they are, int64 [N], what they hide and where they are read, bool [N, L].
 
         A pass that scores nothing needs no forward, but the first always runs, so that every process makes the same
         calls.
         """
-        scored = self.scored
+        scored, tally = self.scored, self.tallied().tally.flatten()
         used = scored.any(-1).flatten()
         used[0] = True
-        used = used.nonzero().squeeze(-1)
+        used = torch.nonzero_static(used, size=int(tally.count_nonzero() + (tally[0] == 0))).squeeze(-1)
         return used, self.passes.flatten(0, 2)[used], scored.flatten(0, 2)[used]
 
     def of(self, rows: slice | Tensor) -> "Masks":
         """The masks of some of the completions."""
         prompt = None if self.prompt is None else self.prompt[:, rows]
-        return Masks(self.hidden[:, rows], self.weight[:, rows], self.coupled, prompt)
+        tally = self.tally[..., rows] if self.tally is not None and isinstance(rows, slice) else None
+        return Masks(self.hidden[:, rows], self.weight[:, rows], self.coupled, prompt, tally)
 
     def split(self, draws: int) -> list["Masks"]:
         """The same in parts of at most so many draws."""
         prompts = [None] * len(self.weight) if self.prompt is None else self.prompt.split(draws)
-        parts = zip(self.hidden.split(draws), self.weight.split(draws), prompts)
-        return [Masks(hidden, weight, self.coupled, prompt) for hidden, weight, prompt in parts]
+        tallies = [None] * len(self.weight) if self.tally is None else self.tally.split(draws, 1)
+        parts = zip(self.hidden.split(draws), self.weight.split(draws), prompts, tallies)
+        return [Masks(hidden, weight, self.coupled, *more) for hidden, weight, *more in parts]
 
     def single_passes(self) -> list["Masks"]:
         """Masks [1, B, L] of one forward pass each, whose terms add up, draw by draw, to this one's: M H of them."""
         prompts = [None] * len(self.weight) if self.prompt is None else self.prompt
-        draws = zip(self.passes.unbind(1), self.weight, prompts)
+        tallies = [[None] * 2] * len(self.weight) if self.tally is None else self.tally.unbind(1)
+        draws = zip(self.passes.unbind(1), self.weight, prompts, tallies)
         return [
-            Masks(hidden[None], (weight * hidden)[None], False, None if prompt is None else prompt[None])
-            for passes, weight, prompt in draws
-            for hidden in passes
+            Masks(hidden[None], (weight * hidden)[None], False, *(None if x is None else x[None] for x in more))
+            for passes, weight, prompt, tally in draws
+            for hidden, *more in zip(passes, [prompt] * len(passes), (None if t is None else t[None] for t in tally))
         ]
 
 
@@ -157,7 +172,8 @@ def quadrature_masks(keys: Tensor, length: int, nodes: int) -> Masks:
     draw = torch.arange(nodes, device=keys.device).unsqueeze(-1)
     hidden = random_subset(fold_in(fold_in(keys, -5), draw), counts.expand(-1, len(keys)), length)
     # score = mean over the draws, hence the factor `nodes`; leggauss weights sum to 2
-    scale = torch.tensor(node_weights, device=keys.device).unsqueeze(-1) / 2 * nodes * length / counts
+    node_weights = torch.tensor(node_weights, dtype=real(keys.device), device=keys.device)
+    scale = node_weights.unsqueeze(-1) / 2 * nodes * length / counts
     return Masks(hidden, torch.where(hidden, scale.unsqueeze(-1), 0.0).float(), False)
 
 

@@ -21,7 +21,7 @@ def sampler_log_probs(mask_id: int, temperature: float) -> Reduce:
     """`token_log_probs` of the law that a decoder draws from: without the mask token, divided by the temperature."""
 
     def reduce(logits: Tensor, targets: Tensor) -> Tensor:
-        mask_token = torch.tensor(mask_id, device=logits.device)
+        mask_token = torch.full((), mask_id, device=logits.device)
         logits = logits.index_fill(-1, mask_token, float("-inf"))
         return token_log_probs(logits if temperature == 1 else logits / temperature, targets)
 
@@ -46,6 +46,7 @@ def log_probs(policy, prompts, completion: Tensor, masks: Masks, reduce: Reduce 
     """
     if not torch.is_grad_enabled() and len(masks.weight) > DRAWS:
         return torch.cat([log_probs(policy, prompts, completion, part, reduce) for part in masks.split(DRAWS)])
+    masks = masks.tallied()
     used, hidden, wanted = masks.rows()
     batch = len(completion)
     owner = used % batch
@@ -56,7 +57,7 @@ def log_probs(policy, prompts, completion: Tensor, masks: Masks, reduce: Reduce 
     ids = torch.cat([prompt, completion[owner].masked_fill(hidden, policy.mask_id)], 1)
     attention = prompts.seen_by(policy, completion.shape[1])
     select = F.pad(wanted, (prompts.ids.shape[1], 0))
-    targets = completion[owner][wanted]
+    targets = completion[owner].flatten()[torch.nonzero_static(wanted.flatten(), size=masks.count).squeeze(1)]
     values = policy(ids, None if attention is None else attention[owner], select, reduce, targets)
     return spread(values, masks)
 

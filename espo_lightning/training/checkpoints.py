@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from espo_lightning.policies.fingerprint import fingerprint
+from espo_lightning.policies.precision import tell_slow_type
 from espo_lightning.training.run_folder import amount, write_text
 
 
@@ -31,6 +32,11 @@ class PolicyModule(LightningModule):
         self.strict_loading = not frozen
         self.register_load_state_dict_post_hook(_do_not_miss_frozen)  # in a copy, too, as WeightAveraging makes one
         self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def on_fit_start(self) -> None:
+        """Warn, once, if the type that this computes in is slow on its device."""
+        if self.trainer.is_global_zero:
+            tell_slow_type(self.policy, mixed=self.trainer.precision == "bf16-mixed")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)

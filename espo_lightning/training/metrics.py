@@ -12,12 +12,20 @@ from espo_lightning.training.gradient import Loss
 from espo_lightning.training.rollout import Rollout
 from espo_lightning.training.strategies import gather
 
-Share = tuple[float, float]  # sum and count of one process's values of a metric
+Share = tuple[Tensor | float, float]  # sum and count of one process's values of a metric
 
 
 def share(values: Tensor) -> Share:
-    """Sum and count of the values of this process."""
-    return float(values.to(real(values.device)).sum()), values.numel()
+    """Sum and count of the values of this process. The sum stays on its device, where `brought` gets it."""
+    return values.to(real(values.device)).sum(), values.numel()
+
+
+def brought(shares: list[dict[str, Share]]) -> list[dict[str, tuple[float, float]]]:
+    """The same with sums that are floats of Python: the device is waited for once, not for every sum."""
+    sums = [total for part in shares for total, _ in part.values() if isinstance(total, Tensor)]
+    like = {"device": sums[0].device, "dtype": real(sums[0].device)} if sums else {}
+    numbers = iter(torch.stack([total.to(**like) for total in sums]).tolist() if sums else [])
+    return [{k: (next(numbers) if isinstance(s, Tensor) else s, n) for k, (s, n) in part.items()} for part in shares]
 
 
 def pool(shares: list[dict[str, Share]]) -> dict[str, float]:
@@ -37,9 +45,9 @@ def update_shares(pieces: list[Loss], rollout: Rollout, view: int) -> dict[str, 
     shares = {key: share(values) for key, values in statistics.items()}
     if "log_ratio" in statistics:
         largest = statistics["log_ratio"].abs().max() if counted else 0.0
-        shares["log_ratio_max"] = (float(largest), 1)
+        shares["log_ratio_max"] = (largest, 1)
     shares["score_per_token"] = share(terms[:, :counted])
-    shares["loss"] = (float(torch.stack([p.value for p in pieces]).sum()), 0 if rollout.idle else 1)
+    shares["loss"] = (torch.stack([p.value for p in pieces]).sum(), 0 if rollout.idle else 1)
     return shares
 
 
@@ -48,7 +56,7 @@ def rollout_shares(rollout: Rollout, policy: Policy) -> dict[str, Share]:
     lengths = policy.lengths(rollout.decoded)
     left = {}
     if not policy.causal:
-        left = {"rollout/mask_tokens": (float((rollout.decoded == policy.mask_id).sum()), 1)}
+        left = {"rollout/mask_tokens": ((rollout.decoded == policy.mask_id).sum(), 1)}
     return {
         "train/reward": share(rollout.rewards),
         "train/reward_std": share(rollout.rewards.std(-1)),
@@ -63,7 +71,8 @@ def rollout_row(
     rollout: Rollout, updates: list[dict[str, Share]], seconds: dict[str, float], policy: Policy, world: int
 ) -> dict[str, float]:
     """The row of metrics of a rollout and its updates, over all ``world`` processes, which must call this together."""
-    shares = rollout_shares(rollout, policy) | {f"time/{phase}": (s, 1) for phase, s in seconds.items()}
+    shares, *updates = brought([rollout_shares(rollout, policy), *updates])
+    shares |= {f"time/{phase}": (s, 1) for phase, s in seconds.items()}
     for key in updates[0].keys() - {"log_ratio_max"}:
         shares[f"train/{key}"] = tuple(map(sum, zip(*(metrics[key] for metrics in updates))))
     largest = [metrics["log_ratio_max"][0] for metrics in updates if "log_ratio_max" in metrics and not rollout.idle]

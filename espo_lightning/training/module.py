@@ -188,7 +188,7 @@ class ESPOModule(PolicyModule):
 
         batch, keys, seen = (prompts.of(rows), completion[rows]), keys[rows], seen.of_rows(rows)
         draws = self.updates if self.fresh_masks else 1
-        masks = [self.likelihood.masks(fold_in(keys, u), seen._replace(update=u)) for u in range(draws)]
+        masks = [self.likelihood.masks(fold_in(keys, u), seen._replace(update=u)).tallied() for u in range(draws)]
         old, ref = [None] * draws, [None] * draws
         if self.objective.old:
             old[1:] = [self.score(self.policy, *batch, m) for m in masks[1:]]
@@ -224,7 +224,7 @@ class ESPOModule(PolicyModule):
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         self.lr_schedulers().step()
-        metrics = {"grad_norm": (float(norm), 1), "lr": (learning_rate, 1), "skipped_updates": (float(not finite), 1)}
+        metrics = {"grad_norm": (norm, 1), "lr": (learning_rate, 1), "skipped_updates": (float(not finite), 1)}
         return metrics | update_shares(pieces, rollout, view)
 
     def accumulate(self, rollout: Rollout, view: int, rows: slice, last: bool) -> Loss:
