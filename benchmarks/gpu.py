@@ -117,7 +117,7 @@ def rollout(bench: Bench, completions: int, decoding: Decoding) -> dict:
     finally:
         watch.hook.remove()
     table = bench.model(
-        decoding=replace(decoding, threshold=None, prefix_cache=False) if not blocks else decoding,
+        decoding=decoding,
         prompts_per_gpu=completions // size.group,
         group_size=size.group,
         likelihood=BlockELBO(size.draws, block=size.block) if blocks else ELBO(draws=size.draws),
@@ -128,9 +128,7 @@ def rollout(bench: Bench, completions: int, decoding: Decoding) -> dict:
     row = {"passes_of_rollout": steps, "measured_steps": watch.measured, "measured_seconds": watch.seconds}
     row |= {f"rollout_seconds{name}": seconds, f"tokens_per_s{name}": completions * size.length / seconds}
     row |= {"peak_GB": peak_gigabytes(bench.device), "model_GB": modelled}
-    if not decoding.prefix_cache:  # whose FLOPs the cost model does not know
-        row |= bench.shares(table["PFLOP per GPU"]["rollout"][0] * 1e15, seconds)
-    return row
+    return row | bench.shares(table["PFLOP per GPU"]["rollout"][0] * 1e15, seconds)
 
 
 class Phases(ESPOModule):

@@ -122,5 +122,24 @@ def board(contest: str, method: str) -> str:
 
 
 def far() -> list[str]:
-    """Notebook 04: how far the arms with ELBOs are from each other, and from those with the mean field."""
-    return [apart(ablation("sequence, ELBO"), ablation("token, ELBO"))]
+    """Notebook 04: how far its arms are from each other, and the clips of those with ELBOs."""
+    token, sequence, best = (ablation(arm) for arm in ("token, ELBO", "sequence, ELBO", "token, mean field"))
+    chosen = result("04")["summary"]["chosen"]
+    clips = [f"ε = {chosen[arm]['clip_range']:g}" for arm in ("token, ELBO", "sequence, ELBO")]
+    return [*clips, apart(sequence, token), apart(best, token), apart(best, sequence)]
+
+
+def modes(what: str) -> str:
+    """Notebook 10: rank correlation of the mean field's cosine with something."""
+    found = result("10")["summary"]["rank_correlation"][what]
+    return f"{found['rho']:+.2f} {between(found['interval'])}"
+
+
+def bound(interval_of: str) -> str:
+    """Notebook 12: one of its intervals."""
+    return between(result("12")["summary"]["intervals"][interval_of])
+
+
+def kept(gaps: str) -> str:
+    """Notebook 12: what the median step along the ELBO keeps of an exact one's gain."""
+    return f"{result('12')['summary']['by_gap'][gaps]['improvement']:.2f}"

@@ -7,6 +7,7 @@ import pytest
 from findings_numbers import (
     apart,
     board,
+    bound,
     compute,
     correlation,
     direction,
@@ -14,6 +15,8 @@ from findings_numbers import (
     gains,
     idle,
     jump,
+    kept,
+    modes,
     noise,
     penalised,
     puzzles,
@@ -52,7 +55,12 @@ NUMBERS = {
     ],
     12: lambda: [f"{GAP}", spread(gains())],
     13: lambda: [apart(reuse("cosine", "sequence", "causal"), reuse("cosine", "token", "causal"))],
-    14: lambda: [f"{GAP}", correlation("gap and relative one-step gain", len(gains()))],
+    14: lambda: [
+        f"{GAP} nats",
+        correlation("gap and relative one-step gain", len(gains())),
+        bound("rank correlation of the loss with the gap"),
+        *(f"{kept(gaps)} " for gaps in ("0.1 to 0.5", "0.5 to 2", "2 to 20")),
+    ],
     15: lambda: [board(contest, method) for method in ("RTB", "SEPO") for contest in ("Sudoku", "Countdown")],
 }
 OTHERS = {
@@ -63,6 +71,9 @@ OTHERS = {
         apart(compute("once, μ = 8"), compute("fresh, μ = 8")),
         spread(noise("sequence", "coupled", 1, 0)),
         *(spread(noise(level, "coupled", 1, 16)) for level in ("token", "sequence")),
+        *(modes(what) for what in ("correlation", "additive")),
+        bound("kept with M = 2 less with M = 1, gaps below 0.5"),
+        bound("kept if tight less as it is, gaps below 0.5"),
     ],
 }
 

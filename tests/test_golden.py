@@ -1,18 +1,26 @@
 """Agreement with the authors' trainer: its numbers on random weights and given masks (tests/golden/README.md)."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from checkpoints import golden_folder
+from golden_cases import (
+    AS_THEIRS,
+    COMPLETION,
+    GOLDEN,
+    IDS,
+    LENGTH,
+    MASK,
+    PAD,
+    loss_of,
+    masks_of,
+    their_name,
+)
 
 from espo_lightning import (
     Decoding,
     Masks,
     Policy,
     Prompts,
-    espo_loss,
     even_schedule,
     generate,
     k1_score,
@@ -23,17 +31,9 @@ from espo_lightning import (
     score,
 )
 
-FOLDER = Path(__file__).parent / "golden"
-GOLDEN = json.loads((FOLDER / "espo.json").read_text())
-PAD, MASK = 0, 2
 TOLERANCE = 1e-5  # nats; the authors' own float32 and float64 ELBOs differ by 5e-6
 ITERATIONS, DRAWS = 4, 2
-
-IDS = torch.tensor(GOLDEN["prompts"])
-COMPLETION = torch.tensor(GOLDEN["completions"])
 PADDED = (IDS == PAD).any(1)
-AS_THEIRS = Prompts(IDS, None)  # their scorer and sampler attend to the pads
-LENGTH = COMPLETION.shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,6 @@ def model(request, tiny) -> tuple[Policy, dict]:
     """A policy and the authors' ELBOs for it."""
     shift = int(request.param == "elbo_shifted")
     return Policy(tiny.model, tiny.tokenizer, mask_id=tiny.mask_id, shift=shift), GOLDEN[request.param]
-
-
-def masks_of(noised: list, *, coupled: bool = True) -> Masks:
-    """The masks behind noised sequences [M][B][P + L], with the weights written out."""
-    hidden = torch.tensor(noised)[:, :, -LENGTH:] == MASK
-    k = hidden.sum(-1, keepdim=True)
-    first = torch.where(hidden, (LENGTH + 1) / k.clamp(min=1), 0.0)
-    second = torch.where(hidden, 0.0, (LENGTH + 1) / (LENGTH - k).clamp(min=1))
-    return Masks(hidden, (first + second) / 2 if coupled else first, coupled)
 
 
 def elbo(policy, prompts: Prompts, completion: torch.Tensor, masks: Masks) -> torch.Tensor:
@@ -127,50 +118,6 @@ def test_pads_are_masked_here_and_attended_to_there(model):
 
 
 # ---- loss -----------------------------------------------------------------------------------------------------------
-
-
-def spread(values: list, terms: torch.Tensor) -> torch.Tensor:
-    """Terms [M, B, L] of given scores [B]."""
-    return (torch.tensor(values) / LENGTH).view(1, -1, 1).expand_as(terms)
-
-
-def their_name(name: str) -> str:
-    """The name that LLaDA gives to a parameter of ours."""
-    for ours, theirs in [
-        ("lm_head", "model.transformer.ff_out"),
-        ("model.norm", "model.transformer.ln_f"),
-        ("model.embed_tokens", "model.transformer.wte"),
-        ("model.layers", "model.transformer.blocks"),
-        ("self_attn.o_proj", "attn_out"),
-        ("self_attn.", ""),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ff_norm"),
-        ("mlp.gate_proj", "ff_proj"),
-        ("mlp.down_proj", "ff_out"),
-        ("mlp.", ""),
-    ]:
-        name = name.replace(ours, theirs)
-    return name
-
-
-def loss_of(policy: Policy, case: dict) -> tuple:
-    """The library's loss, with its graph, and statistics for one of the authors' cases."""
-    advantages = torch.tensor(GOLDEN["loss"]["advantages"])
-    old, ref = GOLDEN["loss"]["values"][case["values"]]
-    terms = score(policy, AS_THEIRS, COMPLETION, masks_of(GOLDEN["noised"][case["iteration"]][: case["draws"]]))
-    old, ref = terms.detach() if old is None else spread(old, terms), spread(ref, terms)
-
-    def part(rows: torch.Tensor, clip_range: float) -> tuple:
-        return espo_loss(
-            terms[:, rows], old[:, rows], ref[:, rows], advantages[rows], clip_range=clip_range, beta=case["beta"]
-        )
-
-    if case["clip_low"] == case["clip_high"]:
-        return part(torch.ones(len(advantages), dtype=torch.bool), case["clip_low"])
-    # a positive advantage meets the upper side only and a negative one the lower: two symmetric losses make one
-    up, down = advantages > 0, advantages <= 0
-    loss = (part(up, case["clip_high"])[0] * up.sum() + part(down, case["clip_low"])[0] * down.sum()) / len(advantages)
-    return loss, None
 
 
 @pytest.mark.parametrize("case", GOLDEN["loss"]["cases"], ids=lambda c: "-".join(str(v) for v in list(c.values())[:6]))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from checkpoints import golden_folder
+from golden_cases import AS_THEIRS, COMPLETION, GOLDEN, LENGTH, loss_of, masks_of, their_name
 from gpu_cases import DECODERS, EVERYWHERE, opinionated, wide
-from test_golden import AS_THEIRS, COMPLETION, GOLDEN, LENGTH, loss_of, masks_of, their_name
 
 from espo_lightning import ELBO, BlockELBO, Decoding, MeanField, Prompts, TimeELBO, keys, load_policy, score
 from espo_lightning.policies import prefix as prefix_module
@@ -83,8 +83,8 @@ def test_golden_elbos(tmp_path, device, dtype, tolerance):
 def test_golden_losses_and_gradients(tmp_path, monkeypatch, device):
     policy = golden_policy(tmp_path, device, torch.float32)
     with torch.device(device):  # where its tensors are made
-        monkeypatch.setattr("test_golden.AS_THEIRS", Prompts(AS_THEIRS.ids.to(device), None))
-        monkeypatch.setattr("test_golden.COMPLETION", COMPLETION.to(device))
+        monkeypatch.setattr("golden_cases.AS_THEIRS", Prompts(AS_THEIRS.ids.to(device), None))
+        monkeypatch.setattr("golden_cases.COMPLETION", COMPLETION.to(device))
         for case in GOLDEN["loss"]["cases"][::5]:
             policy.zero_grad()
             loss, _ = loss_of(policy, case)
@@ -92,7 +92,7 @@ def test_golden_losses_and_gradients(tmp_path, monkeypatch, device):
             norms = {their_name(name): parameter.grad.norm() for name, parameter in policy.model.named_parameters()}
             ours = torch.stack([norms[name] for name in GOLDEN["loss"]["parameters"]])
             torch.testing.assert_close(ours.cpu(), torch.tensor(case["grad_norms"], device="cpu"), rtol=1e-3, atol=1e-6)
-            assert float(loss) == pytest.approx(case["loss"], abs=1e-5)
+            assert float(loss.detach()) == pytest.approx(case["loss"], abs=1e-5)
     assert COMPLETION.shape[1] == LENGTH
 
 

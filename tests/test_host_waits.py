@@ -60,6 +60,12 @@ DECODING = {  # name: decoder, what it decodes, what is allowed
     "Dream's schedule": (decoding(block_length=8, schedule=dream_schedule), {}, Allowed(1, 0, 0, FINITE)),
     "corrector": (decoding(corrector=3), {}, Allowed(1, 0, 0, FINITE)),
     "prefix cache": (decoding(prefix_cache=True), {}, Allowed(1, 2 * LAYERS, 0, CACHE)),
+    "dual cache": (decoding(prefix_cache=True, dual_cache=True), {}, Allowed(1, 2 * LAYERS, 0, CACHE)),
+    "prefix cache, anew every two steps": (
+        decoding(prefix_cache=True, refresh=2),
+        {},
+        Allowed(1, 4 * LAYERS, 0, f"{CACHE}, here twice a block"),
+    ),
     "origin": (decoding(block_length=8, order=random_order, schedule=origin_schedule), {}, Allowed(1, 0, 1, RAGGED)),
     "threshold": (decoding(threshold=0.5), {}, Allowed(1, 0, 1, RAGGED)),
     "early stop": (decoding(early_stop=True), {}, Allowed(1, 0, 1, RAGGED)),
