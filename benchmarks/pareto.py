@@ -92,7 +92,9 @@ class Counter:
         part = slice(None) if prefix is None else prefix.computed
         tokens = rows * len(range(*part.indices(keys)))
         self.calls, self.rows, self.tokens = self.calls + 1, self.rows + rows, self.tokens + tokens
-        self.flops += sum(forward(self.network, Passes(1, tokens, 1, int(select.sum()), tokens * keys)))
+        read, pairs = int(select.sum()), tokens * keys
+        unread = (0, 0) if read or prefix is None else (tokens, pairs)
+        self.flops += sum(forward(self.network, Passes(1, tokens, 1, read, pairs, unread)))
         return self.policy(ids, attention, select, *rest, prefix=prefix, **more)
 
 

@@ -223,7 +223,9 @@ class Policy(nn.Module):
 
     def lengths(self, completion: Tensor) -> Tensor:
         """Tokens before the first end-of-text token: [B, L] -> [B]."""
-        ends = torch.stack([completion == token for token in sorted(self.eos_ids)]).any(0)
+        ends = torch.zeros_like(completion, dtype=torch.bool)
+        for token in self.eos_ids:  # one after the other: nothing is sent to the device
+            ends |= completion == token
         return torch.where(ends.any(-1), ends.int().argmax(-1), completion.shape[-1])
 
     @property

@@ -120,7 +120,8 @@ def write_keys(layer: nn.Module, hidden_states: Tensor, cache: Any, rotation: tu
 
     rotation: cosines and sines, as `selective_layer` gets them.
     """
-    attention, rotate = layer.self_attn, sys.modules[type(layer).__module__].apply_rotary_pos_emb
+    attention = layer.self_attn  # whose class keeps its module, where FSDP gives the layer another
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     hidden = layer.input_layernorm(hidden_states)
     keys, values = (
         project(hidden).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
