@@ -217,7 +217,7 @@ def draw(result: dict) -> None:
         for label, (members, colour, shift) in LINES.items():
             found = [rows[member] for member in members if member in rows]
             points = sorted([*found, *([] if "blocks" in label else [rows[FULL]])], key=lambda row: -row.flops)
-            if not found or all(row.flops == 1 for row in found):
+            if not found or all(row.flops > 0.99 for row in found):
                 continue
             axis.plot([row.flops for row in points], [row.accuracy for row in points], color=colour, marker="o")
             end, where = (points[-1].flops, points[-1].accuracy), {"textcoords": "offset points", "fontsize": 8}
