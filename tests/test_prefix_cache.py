@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cache_cases import Stale, padded
 from decoder_cases import policy_fixture  # noqa: F401
 from decoding_cases import keys_of, peaky_policy, rng, some_prompts
 
@@ -15,53 +16,6 @@ from espo_lightning import (
     entropy_order,
     generate,
 )
-
-
-class StalePrefix:
-    """A second implementation beside the first, without a cache: their logits are compared in every pass.
-
-    Within a block, the network reads the block's first canvas and, behind it, the present canvas from the prefix's
-    end on. The first canvas attends to itself alone, the rest to the first canvas's prefix and to itself.
-    """
-
-    def __init__(self, policy: Policy):
-        self.policy, self.mask_id, self.errors = policy, policy.mask_id, []
-
-    def prefix(self, start: int):
-        self.first, self.known, self.cache = None, start - self.policy.shift, self.policy.prefix(start)
-        return self
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.first = self.first[rows]
-        self.cache.keep(rows)
-
-    def __call__(self, ids, attention, select, reduce, *columns, prefix):
-        def compared(logits, *columns):
-            self.errors.append((logits - self.logits(ids, attention, select)).abs().max().item())
-            return reduce(logits, *columns)
-
-        return self.policy(ids, attention, select, compared, *columns, prefix=self.cache)
-
-    def logits(self, ids, attention, select):
-        self.first = ids.clone() if self.first is None else self.first
-        width, known = ids.shape[1], self.known
-        real = torch.ones_like(ids, dtype=torch.bool) if attention is None else attention
-        keys = torch.cat([real, real[:, known:]], 1)[:, None]  # [N, 1, T + rest]
-        old = torch.arange(keys.shape[-1]) < width
-        frozen = torch.arange(keys.shape[-1]) < known
-        seen = torch.where(old.unsqueeze(1), old, frozen | ~old) & keys  # [N, queries, keys]
-        dtype = self.policy.model.dtype
-        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
-        positions = torch.cat([torch.arange(width), torch.arange(known, width)])[None]
-        both = torch.cat([self.first, ids[:, known:]], 1)
-        logits = self.policy.model(both, attention_mask=bias, position_ids=positions).logits[:, width:]
-        row, position = select[:, known:].nonzero(as_tuple=True)
-        return logits[row, position - self.policy.shift]
-
-
-def padded(rows: int, width: int = 6) -> Prompts:
-    prompts = some_prompts(rows, width)
-    return Prompts(prompts.ids, torch.arange(width) >= torch.arange(rows).unsqueeze(1) % 4)
 
 
 def with_lora(policy: Policy) -> Policy:
@@ -91,7 +45,7 @@ def test_prefix_cache_is_what_it_says(policy, decoding, lora, prompts):
     """Logits reach 25; the two ways agree to their rounding to float32. The full decoding goes another way."""
     policy, keys = (with_lora(policy) if lora else policy).double(), keys_of(10, 5)
     assert policy.selective
-    stale = StalePrefix(policy)
+    stale = Stale(policy)
     ours = generate(stale, prompts, keys, decoding)
     assert max(stale.errors) < 1e-5
     without = Decoding(**{**vars(decoding), "prefix_cache": False})

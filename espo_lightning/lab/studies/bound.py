@@ -58,10 +58,10 @@ def network(seed: int, block: int | None, scale: float) -> WithoutMask:
     return WithoutMask(model.double(), None, mask_id=SYMBOLS, layout=Layout(block, "response")).eval()
 
 
-def likelihood_of(policy: nn.Module, draws: int = 1) -> Likelihood:
-    """The coupled ELBO for the policy's attention."""
+def likelihood_of(policy: nn.Module) -> Likelihood:
+    """The ELBO for the policy's attention, by one coupled draw."""
     block = getattr(policy, "layout", Layout()).block
-    return ELBO(draws=draws) if block is None else BlockELBO(draws=draws, block=block)
+    return ELBO() if block is None else BlockELBO(block=block)
 
 
 def law_of(policy: nn.Module) -> CompletionLaw:
