@@ -82,7 +82,8 @@ def test_demonstrations_are_right_and_of_many_lengths():
     assert all(p.verify(p.answer)["reward"] == 1 and len(p.answer) < LENGTH for p in problems)
     assert {p.prompt for p in problems} == {f"{digit}>" for digit in range(GOAL)}
     far = {len(p.answer) for p in problems if p.prompt == "0>"}
-    assert min(far) == 2 * GOAL and len(far) > 5
+    assert min(far) == 2 * GOAL
+    assert len(far) > 5
     for distance in range(1, GOAL + 1):
         assert Walks(distance, distance).problem("test", 0, 0).prompt == f"{GOAL - distance}>"
     assert sorted(n for steps in BANDS.values() for n in steps) == [*range(1, GOAL + 1)]
@@ -117,6 +118,7 @@ def test_runs_and_pushes_of_a_hardly_taught_policy(monkeypatch):
     assert curves[0][0] == curves[1][0] == curves[2][0]
     assert 0 <= length.pilot(0, divisor="none", **settings)["score"] <= 1
     measured = length.measured(length.base(weights), 0, 1)
-    assert measured["reward"] == 0 and measured["right_tokens"] is None
+    assert measured["reward"] == 0
+    assert measured["right_tokens"] is None
     fewest = sum(range(1, GOAL + 1)) * 2 / GOAL
     assert measured["wrong_extra"] == pytest.approx(measured["wrong_tokens"] - fewest, abs=1e-3)

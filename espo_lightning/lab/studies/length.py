@@ -141,11 +141,9 @@ def pushes(seed: int, *, weights: str, problems: int) -> dict:
     policy = base(weights)
     first, second = (half_gradients(policy, UNSEEN + 2 * seed + half, problems) for half in (0, 1))
     names = {"1/L": "reward", "1/|y|": "per token"}
+    norms = {name: first[name].norm().clamp(min=1e-12) for name in names.values()}
     return {
-        divisor: {
-            goal: float(second[goal] @ first[name] / first[name].norm().clamp(min=1e-12))
-            for goal in ("length", "reward")
-        }
+        divisor: {goal: float(second[goal] @ first[name] / norms[name]) for goal in ("length", "reward")}
         for divisor, name in names.items()
     }
 
