@@ -63,6 +63,10 @@ NUMBERS = {
         *(f"{kept(gaps)} " for gaps in ("0.1 to 0.5", "0.5 to 2", "2 to 20")),
     ],
     15: lambda: [board(contest, method) for method in ("RTB", "SEPO") for contest in ("Sudoku", "Countdown")],
+    16: lambda: [
+        *(apart(divided(arm, "far"), divided("1/L", "far")) for arm in ("1/|y|", "none", "1/|y|, same")),
+        apart(divided("1/|y|", "wrong_extra"), divided("1/L", "wrong_extra")),
+    ],
 }
 OTHERS = {
     "What nobody asked": lambda: [
