@@ -104,13 +104,29 @@ def test_weights_travel_as_text():
     assert torch.equal(*(parameters_to_vector(policy.parameters()) for policy in (there, back)))
 
 
-def test_runs_and_pushes_of_a_hardly_taught_policy(monkeypatch):
-    """All arms begin with the same policy; the two directions are those of the weights 1 and 1/|y|."""
-    monkeypatch.setattr(
-        length,
-        "empty_policy",
-        lambda seed: new_policy(hidden_size=16, layers=1, heads=2, intermediate_size=16, seed=seed),
-    )
+@pytest.fixture
+def tiny(monkeypatch):
+    """Policies that take no time."""
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}
+    monkeypatch.setattr(length, "empty_policy", lambda seed: new_policy(**sizes, seed=seed))
+
+
+def test_the_gradients_of_the_divisors(tiny, monkeypatch):
+    """Of answers that are all wrong there is none; of equally long ones, both are the same but for the length."""
+    weights = length.as_text(length.empty_policy(0))
+    pushes = length.pushes(0, weights=weights, problems=1)
+    assert pushes == {divisor: {"length": 0, "reward": 0} for divisor in ("1/L", "1/|y|")}
+    monkeypatch.setattr(length, "verify", lambda start, text: {"reward": float("7" in text)})
+    policy = length.base(weights)
+    monkeypatch.setattr(policy, "lengths", lambda ids: torch.full(ids.shape[:1], 9))
+    found = length.half_gradients(policy, 0, 2)
+    assert float(found["reward"].norm()) > 0
+    torch.testing.assert_close(found["per token"] * 10, found["reward"])  # 9 and the end
+    assert float(found["length"].norm()) == 0
+
+
+def test_runs_of_a_hardly_taught_policy(tiny):
+    """All arms begin with the same policy."""
     weights = length.taught(0, lessons=2)["weights"]
     settings = {"weights": weights, "lr": 1e-3, "clip_nats": 1.0, "rollouts": 1, "problems": 1}
     curves = [length.trained(0, divisor=divisor, every=1, **settings)["curve"] for divisor in RATIOS]
