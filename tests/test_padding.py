@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_cases import LENGTHS, alone, block_policy, some_prompts
-from test_masked_lm import checkpoint
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from espo_lightning import AutoregressiveDecoding, BlockDecoding, Policy, Prompts, load_policy
+from espo_lightning import AutoregressiveDecoding, BlockDecoding, Policy, Prompts
 from espo_lightning.keys import fold_in
 from espo_lightning.policies.layout import bias, causally
+from espo_lightning.policies.masked_lm import MaskedLM
 
 CANVAS = torch.randint(7, 30, (len(LENGTHS), 8), generator=torch.Generator().manual_seed(0))
 CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}  # eager's softmax: float32
@@ -56,10 +57,29 @@ def test_rows_of_a_padded_batch_are_those_of_a_batch_of_one(layout, attention, d
     assert_padding_changes_nothing(policy, some_prompts(), CLOSE[dtype])
 
 
+def masked_lm(kind: str) -> MaskedLM:
+    """In float64; a ModernBERT looks 4 tokens to each side in its first layer, and at all in its second."""
+    size = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 1}
+    size |= {"intermediate_size": 24, "max_position_embeddings": 40}
+    windows = {"local_attention": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "bert":
+            model = BertForMaskedLM(BertConfig(**size))
+        else:
+            model = ModernBertForMaskedLM(ModernBertConfig(**size, **windows, **ids))
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=0.4)
+    return MaskedLM(model.double().eval(), None, mask_id=4)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_so_are_those_of_a_masked_lm_whose_window_sees_only_padding(tmp_path, kind, attention):
-    policy = load_policy(checkpoint(tmp_path / kind, kind), attention=attention).double()
+def test_so_are_those_of_a_masked_lm_whose_window_sees_only_padding(kind, attention):
+    policy = masked_lm(kind)
+    policy.model.set_attn_implementation(attention)
     prompts = some_prompts((6, 2, 4), width=16)
     ids = (prompts.ids % 20 + 5).masked_fill(~prompts.mask, 1)
     assert_padding_changes_nothing(policy, Prompts(ids, prompts.mask), 1e-4)
