@@ -7,8 +7,8 @@ defaults but two tokens a denoising step, as the authors decode. For every recip
 the same pilot seeds, by the library, and both trainers take the best one, as they compute the same (`assert_same`);
 the seeds of the reported runs are others.
 A rate's score is the rollouts that its pilots needed together; a pilot is cut off once that cannot be the fewest any
-more, which changes no choice. A choice on the edge of the rates is printed as such. The reported runs take the sides in
-turn, seed by seed.
+more, which changes no choice. A choice on the edge of the rates is refused; its pilots are kept. The reported runs take
+the sides in turn, seed by seed.
 
 Quality is looked at after every rollout, outside of the clock, and the moment of one half lies between two looks, by
 linear interpolation, so that sides with long rollouts are not charged for rare looks. Stored with the user CPU seconds
@@ -35,6 +35,7 @@ from straightforward import Straightforward
 
 from espo_lightning import ELBO, Decoding, ESPOModule, Policy, PolicyGradient, PromptDataModule, Sudoku, load_policy
 from espo_lightning.keys import fold_in
+from espo_lightning.lab.choice import choose
 from espo_lightning.tasks.judge import judge
 
 RATES = (3e-4, 1e-4, 1e-3, 3e-5, 3e-3)  # in the order in which they are tried
@@ -197,17 +198,19 @@ def run(side: str, rate: float, seed: int, limit: int) -> dict:
     return {**moment(curve), "best": best, "passes": passes, "limit": limit, "curve": curve}
 
 
-def choose(
-    needed: Callable[[float, int, int], float | None], limit: int, rates: tuple[float, ...] = RATES
-) -> float | None:
-    """The rate whose pilots need the fewest rollouts together, or None if no rate brings every pilot to the target.
+def scores(
+    needed: Callable[[float, int, int], float | None], limit: int, rates: tuple[float, ...]
+) -> dict[tuple[float], float]:
+    """What `espo_lightning.lab.choice` chooses rates by: minus the rollouts that a rate's pilots needed together.
+
+    Of a rate that cannot need the fewest any more, or that does not bring every pilot to the target, it is -inf.
 
     Args:
         needed: (rate, seed, limit) -> rollouts that a pilot needed; None if it did not get there within the limit.
         limit: of any pilot. No pilot gets more rollouts than would leave its rate a chance.
         rates: in the order in which they are tried.
     """
-    fewest, chosen = math.inf, None
+    fewest, found = math.inf, {}
     for rate in rates:
         used = 0.0
         for seed in PILOTS:
@@ -215,9 +218,29 @@ def choose(
             used += math.inf if rollouts is None else rollouts
             if used >= fewest:
                 break
-        if used < fewest:
-            fewest, chosen = used, rate
-    return chosen
+        found[(rate,)] = -used if used < fewest else -math.inf
+        fewest = min(fewest, used)
+    return found
+
+
+def rate_of(side: str, found: dict[tuple[float], float]) -> float | None:
+    """The rate with the best of `scores`, or None if no rate brings every pilot to the target.
+
+    Raises:
+        EdgeChoice: it is the smallest or the largest that was tried.
+    """
+    return choose(found, [f"{side}: learning rate"])[0] if max(found.values()) > -math.inf else None
+
+
+def rates_of(done: Callable[[str, float, int, int], dict], limit: int) -> dict[str, float | None]:
+    """The rate of every side: that of its recipe, chosen on runs (side, rate, seed, limit) of the library."""
+
+    def chosen(side: str, recipe: Recipe) -> float | None:
+        rates = SMALLER if recipe == AUTHORS else RATES
+        return rate_of(side, scores(lambda *pilot: done(side, *pilot)["rollouts"], limit, rates))
+
+    rates = {recipe: chosen(side, recipe) for side, (trainer, recipe) in SIDES.items() if trainer is library}
+    return {side: rates[recipe] for side, (_, recipe) in SIDES.items()}
 
 
 def main() -> None:
@@ -241,23 +264,13 @@ def main() -> None:
         print(f"{key:60} rollouts {runs[key]['rollouts']}  best {runs[key]['best']:.3f}", flush=True)
         return runs[key]
 
-    pilots = {recipe: side for side, (trainer, recipe) in SIDES.items() if trainer is library}
-    rates = {
-        recipe: choose(
-            lambda rate, seed, limit, side=side: done(side, rate, seed, limit)["rollouts"],
-            options.limit,
-            SMALLER if recipe == AUTHORS else RATES,
-        )
-        for recipe, side in pilots.items()
-    }
-    stored["rates"] = {side: rates[recipe] for side, (_, recipe) in SIDES.items()}
+    stored["rates"] = rates_of(done, options.limit)
     for seed in range(10, 10 + options.seeds):
         for side, rate in stored["rates"].items():
             if rate:
                 done(side, rate, seed, options.limit)
     for side, rate in stored["rates"].items():
-        edge = " (on the edge of the rates)" if rate in (min(RATES), max(RATES)) else ""
-        print(f"{side}: learning rate {rate}{edge}")
+        print(f"{side}: learning rate {rate}")
     options.output.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"written to {options.output}")
 

@@ -31,11 +31,13 @@ from espo_lightning.objectives.kl import (
 from espo_lightning.objectives.objective import Objective, Scores, alike, by_length
 from espo_lightning.objectives.policy_gradient import PolicyGradient, espo_loss
 from espo_lightning.objectives.ratios import (
+    own_length_ratio,
     scored_token_ratio,
     sequence_ratio,
     step_ratio,
     token_ratio,
     trace_ratio,
+    undivided_ratio,
     view_ratio,
 )
 from espo_lightning.objectives.sandwich import Sandwich
@@ -138,6 +140,7 @@ __all__ = [
     "mean_centred",
     "new_policy",
     "origin_schedule",
+    "own_length_ratio",
     "random_order",
     "score",
     "scored_token_ratio",
@@ -154,6 +157,7 @@ __all__ = [
     "trace_ratio",
     "truncated_ratio",
     "undivided_kl",
+    "undivided_ratio",
     "view_kl",
     "view_ratio",
     "z_score",

@@ -45,7 +45,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.dist, options.loadscopereorder = "loadfile", False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files first; and no test for a GPU, whatever else it is, unless -m speaks of gpu.
+
+    A -m on the command line is instead of the suite's own, which leaves them out.
+    """
+    if not re.search(r"\bgpu\b", config.option.markexpr):
+        unasked = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=unasked)
+        items[:] = [item for item in items if item not in unasked]
     items.sort(key=lambda item: item.path.stem not in FIRST)
 
 

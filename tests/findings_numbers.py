@@ -143,3 +143,8 @@ def bound(interval_of: str) -> str:
 def kept(gaps: str) -> str:
     """Notebook 12: what the median step along the ELBO keeps of an exact one's gain."""
     return f"{result('12')['summary']['by_gap'][gaps]['improvement']:.2f}"
+
+
+def divided(arm: str, key: str) -> list[float]:
+    """Notebook 13: at the end of every run."""
+    return [row["runs"][arm]["curve"][-1][key] for row in seeds("13")]

@@ -11,6 +11,7 @@ from findings_numbers import (
     compute,
     correlation,
     direction,
+    divided,
     far,
     gains,
     idle,
@@ -62,6 +63,10 @@ NUMBERS = {
         *(f"{kept(gaps)} " for gaps in ("0.1 to 0.5", "0.5 to 2", "2 to 20")),
     ],
     15: lambda: [board(contest, method) for method in ("RTB", "SEPO") for contest in ("Sudoku", "Countdown")],
+    16: lambda: [
+        *(apart(divided(arm, "far"), divided("1/L", "far")) for arm in ("1/|y|", "none", "1/|y|, same")),
+        apart(divided("1/|y|", "wrong_extra"), divided("1/L", "wrong_extra")),
+    ],
 }
 OTHERS = {
     "What nobody asked": lambda: [
@@ -117,7 +122,7 @@ def test_every_question_has_an_answer_and_what_would_change_it():
         unanswered = "**Not answered yet**" in text
         assert unanswered or re.search(r"\(\.\./notebooks/\d\d_", text), number
         assert unanswered or ".png)" in text, number
-    assert sum("**Not answered yet**" in text for text in QUESTIONS.values()) == 6  # as it says above them
+    assert sum("**Not answered yet**" in text for text in QUESTIONS.values()) == 5  # as it says above them
 
 
 def test_what_a_notebook_costs_is_what_it_took():

@@ -1,5 +1,6 @@
 """Time to quality: how its rates are chosen, when a curve crosses, and the passes that it counts."""
 
+import json
 import math
 import random
 import sys
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import default_run
 import quality
 from quality import AUTHORS, DEFAULTS, PILOTS, RATES
+
+from espo_lightning.lab.choice import EdgeChoice
 
 
 def test_the_choice_is_that_of_all_pilots_run_to_their_end():
@@ -31,8 +34,27 @@ def test_the_choice_is_that_of_all_pilots_run_to_their_end():
             rate: sum(needed[rate, seed] if needed[rate, seed] <= 10 else math.inf for seed in PILOTS) for rate in RATES
         }
         best = min(RATES, key=sums.__getitem__)
-        assert quality.choose(pilot, 10) == (best if sums[best] < math.inf else None)
+        found = quality.scores(pilot, 10, RATES)
+        if best in (min(RATES), max(RATES)) and sums[best] < math.inf:
+            with pytest.raises(EdgeChoice, match=f"a side: learning rate {best!r} is the"):
+                quality.rate_of("a side", found)
+        else:
+            assert quality.rate_of("a side", found) == (best if sums[best] < math.inf else None)
         assert spent <= 10 * len(RATES) * len(PILOTS)
+
+
+def test_the_stored_rates_are_chosen_by_the_stored_pilots_and_lie_on_no_edge():
+    stored = json.loads((Path(__file__).parents[1] / "benchmarks/results/quality.json").read_text())
+
+    def done(side, rate, seed, limit):
+        return stored["runs"][f"{side} lr={rate:g} seed={seed}"]
+
+    assert quality.rates_of(done, 30) == stored["rates"]
+    best = stored["runs"]["library, authors' settings lr=3e-05 seed=101"]
+    best |= {"rollouts": 0.5}
+    stored["runs"]["library, authors' settings lr=3e-05 seed=102"] = best
+    with pytest.raises(EdgeChoice, match="library, authors' settings: learning rate 3e-05 is the smallest"):
+        quality.rates_of(done, 30)
 
 
 def test_the_moment_lies_between_two_looks_and_is_unknown_without_them():

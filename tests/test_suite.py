@@ -2,10 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 TESTS = Path(__file__).parent
@@ -20,6 +22,40 @@ def test_a_file_says_what_it_checks_and_can_be_read_at_once(path):
     assert ast.get_docstring(tree)
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not [name for name in imported if name and name.startswith("test_")]
+
+
+MARKED = """
+import pytest
+def test_plain(): pass
+@pytest.mark.slow
+def test_long(): pass
+@pytest.mark.gpu
+def test_card(): pass
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_long_card(): pass
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
+@pytest.mark.parametrize(
+    ("expression", "chosen"),
+    [
+        ("slow", {"long"}),
+        ("not slow", {"plain"}),
+        ("", {"plain", "long"}),
+        ("gpu", {"card", "long_card"}),
+        ("slow and gpu", {"long_card"}),
+        ("slow or gpu", {"long", "card", "long_card"}),
+        ("not slow and not gpu", {"plain"}),
+    ],
+)
+def test_tests_for_a_gpu_run_only_where_the_expression_speaks_of_it(expression, chosen, tmp_path, capsys):
+    (tmp_path / "test_marked.py").write_text(MARKED)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    alone = ["-c", str(tmp_path / "pytest.ini"), "-p", "no:xdist", "--import-mode=importlib", "--collect-only", "-q"]
+    assert pytest.main([*alone, "-m", expression, str(tmp_path)], plugins=[conftest]) == 0
+    assert set(re.findall(r"::test_(\w+)", capsys.readouterr().out)) == chosen
 
 
 @pytest.mark.slow

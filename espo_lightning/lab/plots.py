@@ -41,6 +41,9 @@ COLOURS = {
     # ratios
     "sequence": BLUE,
     "token": VERMILLION,
+    # what a log-ratio is divided by
+    "1/L": BLUE,
+    "1/|y|": ORANGE,
     # KL estimators
     "none": GREY,
     "k1": VERMILLION,

@@ -28,8 +28,8 @@ class PolicyGradient(Objective):
     With the 1/L of the ratio and of the penalty, beta weighs a sequence-level KL in nats against rewards.
 
     Args:
-        ratio: `sequence_ratio` (ESPO), `token_ratio`, `scored_token_ratio`, `view_ratio`, `trace_ratio`, `step_ratio`,
-            `truncated_ratio`, or your own.
+        ratio: `sequence_ratio` (ESPO), `own_length_ratio`, `undivided_ratio`, `token_ratio`, `scored_token_ratio`,
+            `view_ratio`, `trace_ratio`, `step_ratio`, `truncated_ratio`, or your own.
         clip_range: eps of Eq. 7, in the unit of the ratio; inf switches clipping off.
         clip_nats: the same in nats per sequence, L ln(1 + eps); it takes the place of ``clip_range``.
         clip_high: the upper eps, in the unit of the ratio, where it is another one; null = the same.

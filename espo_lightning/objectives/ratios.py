@@ -20,6 +20,26 @@ def sequence_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
     return log_ratio, torch.ones_like(log_ratio)
 
 
+def own_length_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """One ratio per completion, divided by its own tokens |y| instead of the canvas L (GSPO, arXiv:2507.18071).
+
+    Scores -> (log-ratios [B, 1], weights [B, 1]). |y| counts the tokens up to and including the end of text, and the
+    ELBO is that of the whole canvas. A token of a short completion counts more than one of a long completion.
+    """
+    log_ratio = (scores.delta(scores.old).sum(-1).mean(0) / scores.length).unsqueeze(-1)
+    return log_ratio, torch.ones_like(log_ratio)
+
+
+def undivided_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """One ratio per completion, not divided at all: how much more probable the whole of it is, by its ELBO.
+
+    Scores -> (log-ratios [B, 1], weights [B, 1]), L times those of `sequence_ratio`. A clip is then in the unit of
+    whole completions.
+    """
+    log_ratio = scores.delta(scores.old).sum(-1).mean(0).unsqueeze(-1)
+    return log_ratio, torch.ones_like(log_ratio)
+
+
 def token_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
     """One ratio for every position of the canvas, the GRPO-style ablation of arXiv:2512.03759.
 

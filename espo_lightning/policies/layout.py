@@ -192,3 +192,24 @@ def prompt_lengths(prompts) -> Tensor:
     if prompts.mask is None:
         return torch.full((batch,), width, dtype=torch.int64, device=prompts.ids.device)
     return prompts.mask.sum(-1)
+
+
+def causally(keys: Tensor, queries: int) -> Tensor:
+    """Whom the last ``queries`` of T positions see by causal attention, of keys bool [N, T]: bool [N, queries, T]."""
+    column = torch.arange(keys.shape[1], device=keys.device)
+    return keys.unsqueeze(1) & (column <= column[-queries:].unsqueeze(1))
+
+
+def bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention: bool [N, T] or [N, Q, T], True = seen, -> [N, 1, 1 or Q, T]."""
+    added = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+    return nothing_hidden(added[:, None] if added.ndim == 3 else added[:, None, None, :])
+
+
+def nothing_hidden(bias: Tensor) -> Tensor:
+    """The same bias [.., T], but rows that see no key see all: those of padding, which no other row sees.
+
+    Where softmax rounds the bias to -inf (that of float64 in float32), such a row would be NaN, and so would every row
+    that multiplies its values by 0.
+    """
+    return bias.masked_fill((bias < 0).all(-1, keepdim=True), 0.0)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from espo_lightning.policies.layout import nothing_hidden
 from espo_lightning.policies.policy import Policy
 
 MASKED_LMS = ("bert", "roberta", "xlm-roberta", "camembert", "modernbert", "eurobert", "esm")
@@ -54,7 +55,8 @@ class MaskedLM(Policy):
         positions = {}
         if self._table is not None:  # absolute: count real tokens
             positions["position_ids"] = (keys.cumsum(1) - 1).clamp(min=0) + first_of(self._table)
-        return self.network(ids, attention_mask=keys, **positions).last_hidden_state.flatten(0, 1)[rows]
+        seen = keys if attention is None else _in_windows(self, keys)
+        return self.network(ids, attention_mask=seen, **positions).last_hidden_state.flatten(0, 1)[rows]
 
 
 def load_masked_lm(folder: Path, dtype: torch.dtype | None, attention: str) -> MaskedLM:
@@ -97,6 +99,22 @@ def load_masked_lm(folder: Path, dtype: torch.dtype | None, attention: str) -> M
 def first_of(table: nn.Embedding) -> int:
     """The first row that is a position: RoBERTa's begin after its padding's."""
     return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def _in_windows(policy: MaskedLM, keys: Tensor) -> Tensor | dict[str, Tensor]:
+    """Keys [N, T] as the network takes them: for the windows of ModernBERT, whose padding may see only padding, masks
+    that eager attention can take the softmax of."""
+    if policy.config.model_type != "modernbert" or policy.attention_kernel != "eager":
+        return keys
+    from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+
+    shape = keys.unsqueeze(-1).to(policy.model.dtype)  # of which the masks take sizes and type
+    of = {"config": policy.config, "inputs_embeds": shape, "attention_mask": keys}
+    made = {
+        "full_attention": create_bidirectional_mask(**of),
+        "sliding_attention": create_bidirectional_sliding_window_mask(**of),
+    }
+    return {kind: mask if mask is None else nothing_hidden(mask) for kind, mask in made.items()}  # None: all are keys
 
 
 def _complete_tokenizer(folder: Path) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espo_lightning.policies.config_keys import positions
-from espo_lightning.policies.layout import CAUSAL, FULL, Layout
+from espo_lightning.policies.layout import CAUSAL, FULL, Layout, bias, causally
 from espo_lightning.policies.prefix import Prefix, apply_head, selectable, selective_layer
 from espo_lightning.policies.prompts import Prompts
 from espo_lightning.policies.text import Messages, plain_tokens, prompt_tokens, tell_unknown
@@ -167,7 +167,7 @@ class Policy(nn.Module):
             attention: as in `forward`.
             network: ``use_cache``, and where they are given ``past_key_values`` and ``position_ids``.
         """
-        network["attention_mask"] = self._bias(attention)
+        network["attention_mask"] = self._bias(attention, ids.shape[1])
         if self.selective:
             return self.network(ids, rows=rows, **network).last_hidden_state
         return self.network(ids, **network).last_hidden_state.flatten(0, 1)[rows]
@@ -318,18 +318,16 @@ class Policy(nn.Module):
             raise ValueError(f"compile must be one of {', '.join(known)}, got {backend!r}")
         self.network.compile(backend=backend, dynamic=True)
 
-    def _bias(self, attention: Tensor | None) -> Tensor | None:
+    def _bias(self, attention: Tensor | None, queries: int) -> Tensor | None:
         """The 4D additive mask [N, 1, 1 or T, T], the one form that SDPA and eager attention both read as it is.
 
-        None means full attention, because ``config.is_causal`` is False. Causal models and other kernels (flash, flex)
-        get the plain 2D mask.
+        None means full attention, because ``config.is_causal`` is False. Causal models with SDPA, and other kernels
+        (flash, flex), get the plain 2D mask.
         """
-        if attention is None or self.causal or self.attention_kernel not in ("sdpa", "eager"):
+        kernel = self.attention_kernel
+        if attention is None or kernel not in ("sdpa", "eager") or (self.causal and kernel == "sdpa"):
             return attention
-        dtype = self.model.dtype
-        bias = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
-        bias = bias.masked_fill_(~attention, torch.finfo(dtype).min)
-        return bias[:, None] if bias.ndim == 3 else bias[:, None, None, :]
+        return bias(causally(attention, queries) if self.causal else attention, self.model.dtype)
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a folder that `load_policy` opens: weights for transformers, or adapters alone for peft.

@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 
 import espo_lightning  # names only: what they stand for is imported when it is used
 from espo_lightning.shipped import found
-from espo_lightning.training.moved import with_advice
 from espo_lightning.training.quiet import quiet
+from espo_lightning.training.spelling import with_advice
 
 SHORT = "yaml with short names"  # how files are read
 BAD_INPUT = (ValueError, OSError, FloatingPointError)  # what is raised when an argument, or a policy, is wrong
@@ -84,7 +84,7 @@ def spelt_out(argv: list[str]) -> list[str]:
 
 
 def helpful(parser: Any) -> Any:
-    """A parser that takes short names, and whose errors say how things are spelt."""
+    """A parser that takes short names but no short flags, and whose errors say how things are spelt."""
     return with_short_names(with_advice(parser))
 
 

@@ -1,7 +1,6 @@
 """Flags of earlier versions: refused with their new spelling."""
 
 import re
-from typing import Any
 
 OBJECTIVE = ("ratio", "clip_range", "clip_nats", "kl", "beta")
 MOVED = {f"model.{name}": f"model.objective.{name}" for name in OBJECTIVE} | {"beta": "objective.beta"}
@@ -15,10 +14,3 @@ def advice(message: str) -> str:
     if old not in MOVED:
         return message
     return f"{message}\n{old} is now {MOVED[old]}: on the command line, and in files, where it moves into `objective:`"
-
-
-def with_advice(parser: Any) -> Any:
-    """A parser of jsonargparse whose errors name the new spelling of moved flags."""
-    error = parser.error
-    parser.error = lambda message, *rest: error(advice(str(message)), *rest)
-    return parser
