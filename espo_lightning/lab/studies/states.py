@@ -33,13 +33,13 @@ LESSONS = ELBO(coupled=False, smallest_count=1)  # how the bundled policies were
 
 
 class Snapshots(Callback):
-    """Keeps copies of the policy after some rollouts, the means of every rollout's verdicts, and its logged metrics.
+    """Keeps copies of the policy after some rollouts, and the means of every rollout's verdicts.
 
-    "idle" among the means is the share of groups whose completions all have the same reward: no policy gradient.
+    "idle" among these is the share of groups whose completions all have the same reward: no policy gradient.
     """
 
     def __init__(self, at: Iterable[int]):
-        self.at, self.policies, self.verdicts, self.metrics = set(at), {}, [], []
+        self.at, self.policies, self.verdicts = set(at), {}, []
 
     def on_fit_start(self, trainer: Trainer, module: ESPOModule) -> None:
         self.keep(module)
@@ -48,7 +48,6 @@ class Snapshots(Callback):
         verdicts, rewards = module.last_rollout.verdicts, module.last_rollout.rewards
         means = {key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]}
         self.verdicts.append(means | {"idle": float((rewards == rewards[:, :1]).all(1).float().mean())})
-        self.metrics.append({key: float(value) for key, value in trainer.callback_metrics.items()})
         self.keep(module)
 
     def keep(self, module: ESPOModule) -> None:
