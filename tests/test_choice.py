@@ -106,25 +106,41 @@ def tuned(result: dict) -> list[tuple[str, dict, tuple]]:
             for contest, entries in summary["entries"].items()
             for name, entry in entries.items()
         ]
+    if "tried" in summary:  # with settings as words
+        chosen = summary.get("chosen") or summary["learning_rates"]
+        return [
+            (arm, {told(setting): score for setting, score in tried.items()}, told(chosen[arm]))
+            for arm, tried in summary["tried"].items()
+        ]
     return [
         (arm, {(p["lr"], p["clip_range"]): p["score"] for p in pilots}, tuple(summary["chosen"][arm].values()))
         for arm, pilots in summary["pilots"].items()
     ]
 
 
-@pytest.mark.parametrize("name", ["04_training_ablations", "09_leaderboard"])
+def told(setting: str | float) -> tuple:
+    """From "1e-05, 0.03 nats" or "1e-05, no clip", or the learning rate alone."""
+    return tuple(None if part == "no clip" else float(part.removesuffix(" nats")) for part in str(setting).split(", "))
+
+
+TUNED = ["04_training_ablations", "09_leaderboard", "10_modes", "13_length"]
+
+
+@pytest.mark.parametrize("name", TUNED)
 def test_no_stored_choice_lies_at_an_edge(name):
     result = json.loads((RESULTS / name / "result.json").read_text())
     arms = tuned(result)
-    assert len(arms) > 3
+    assert len(arms) >= 3
     for arm, scores, chosen in arms:
         assert choose(scores, ["learning rate", "clip"]) == chosen, arm
     assert not result["parameters"].get("edges", False)
 
 
 def test_every_notebook_that_tunes_is_looked_at():
-    names = {p.parent.name for p in RESULTS.glob("*/result.json") if '"pilots"' in p.read_text()}
-    assert names == {"04_training_ablations", "09_leaderboard"}
+    texts = {p.stem: p.read_text() for p in RESULTS.parent.glob("[0-9]*.ipynb")}
+    results = {name: (RESULTS / name / "result.json").read_text() for name in texts}
+    tuning = {name for name in texts if "lab.choice import" in texts[name] or '"pilots"' in results[name]}
+    assert tuning == set(TUNED)
 
 
 def at_commit(commit: str, path: Path) -> dict | None:

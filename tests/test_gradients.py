@@ -147,7 +147,7 @@ def test_free_cells_show_the_policy_itself():
         small = torch.tensor(hidden)[None, None]
         terms = score(cells, prompt, completion, Masks(small, small.float(), False))[0, 0]
         ids = torch.cat([prompt.ids, cells.expand(torch.where(small[0], cells.mask_id, completion))], 1)
-        out = policy.model(ids, attention_mask=policy._bias(prompt.attention(5))).logits[0, -5:]
+        out = policy.model(ids, attention_mask=policy._bias(prompt.attention(5), ids.shape[1])).logits[0, -5:]
         for j, i in enumerate(free):
             expected = out[i, symbols].log_softmax(-1)[completion[0, j]].item() if hidden[j] else 0.0
             assert terms[j].item() == pytest.approx(expected, abs=1e-6)
