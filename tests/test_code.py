@@ -281,7 +281,7 @@ def garbage(draw: random.Random) -> str:
 
 @pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_fuzz(ace, count):
-    """No exception, no call that outlives its time limit of 1 s by much, no growth of memory, here or in the runners."""
+    """No exception, no call that outlives its time limit of 1 s by much, no growth of memory here or in the runners."""
     verify = AceCode(path=ace, format_gate=True, timeout=1.0).problem("train", 0, 0).verify
     draw, seen, slowest, memory = random.Random(0), Counter(), 0.0, []
     for index in range(count):

@@ -41,7 +41,8 @@ def test_log_ratios_by_hand(monkeypatch):
     assert found["token"] == pytest.approx(math.sqrt((0.2**2 + 0.4**2 + 0.6**2) / 4))
     assert found["sequence"] == pytest.approx(0.4 / 4)
     assert found["largest"] == pytest.approx(0.6)
-    assert found["clipped"]["token"]["0.2"] == 0.75 and found["clipped"]["sequence"]["0.2"] == 0
+    assert found["clipped"]["token"]["0.2"] == 0.75
+    assert found["clipped"]["sequence"]["0.2"] == 0
     assert found["clipped"]["sequence"]["0.05"] == 1
 
 
@@ -50,8 +51,10 @@ def test_the_levels_have_one_gradient_until_the_policy_moves():
     rollout = rollout_of(policy, [1.0, -1.0])
     masks = ELBO().draw(torch.tensor([3, 4]), 4)
     same, moved = (horizon.scattered(rollout, masks, policy, new, 2) for new in (policy, other))
-    assert same["cosine"] == pytest.approx(1) and same["token_noise"] == pytest.approx(same["sequence_noise"])
-    assert moved["cosine"] < 0.999 and moved["token_noise"] != pytest.approx(moved["sequence_noise"], rel=1e-3)
+    assert same["cosine"] == pytest.approx(1)
+    assert same["token_noise"] == pytest.approx(same["sequence_noise"])
+    assert moved["cosine"] < 0.999
+    assert moved["token_noise"] != pytest.approx(moved["sequence_noise"], rel=1e-3)
 
 
 def test_of_the_mean_field_no_token_weighs_more_than_another():
