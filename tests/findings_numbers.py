@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from math import log
 from pathlib import Path
 from statistics import mean
 
@@ -148,3 +149,29 @@ def kept(gaps: str) -> str:
 def divided(arm: str, key: str) -> list[float]:
     """Notebook 13: at the end of every run."""
     return [row["runs"][arm]["curve"][-1][key] for row in seeds("13")]
+
+
+def spreading(key: str) -> str:
+    """Notebook 11: the exponent in the length of something of the ELBO."""
+    lengths, last = result("11")["parameters"]["canvases"], result("11")["parameters"]["updates"][-1]
+    logs = [log(x) for x in lengths]
+    centred = [x - mean(logs) for x in logs]
+    slopes = []
+    for run in seeds("11"):
+        rows = [r for r in run["rows"] if r["likelihood"] == "ELBO" and r["updates"] == last]
+        ys = [log(row[key]) for length in lengths for row in rows if row["length"] == length]
+        slopes.append(sum(c * y for c, y in zip(centred, ys)) / sum(c * c for c in centred))
+    return spread(slopes)
+
+
+def drowned(length: int) -> list[float]:
+    """Notebook 11: ln of the token level's gradient noise over the sequence level's, after the most updates."""
+    last = result("11")["parameters"]["updates"][-1]
+    wanted = {"likelihood": "ELBO", "updates": last, "length": length}
+    rows = [r for run in seeds("11") for r in run["rows"] if wanted.items() <= r.items()]
+    return [log(row["token_noise"] / row["sequence_noise"]) for row in rows]
+
+
+def horizon(interval_of: str) -> str:
+    """Notebook 11: one of its intervals."""
+    return between(result("11")["summary"]["intervals"][interval_of])

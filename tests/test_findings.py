@@ -12,8 +12,10 @@ from findings_numbers import (
     correlation,
     direction,
     divided,
+    drowned,
     far,
     gains,
+    horizon,
     idle,
     jump,
     kept,
@@ -25,6 +27,7 @@ from findings_numbers import (
     result,
     reuse,
     spread,
+    spreading,
     tightness,
     wider,
 )
@@ -77,6 +80,14 @@ OTHERS = {
         spread(noise("sequence", "coupled", 1, 0)),
         *(spread(noise(level, "coupled", 1, 16)) for level in ("token", "sequence")),
         *(modes(what) for what in ("correlation", "additive")),
+        spreading("largest"),
+        spreading("sequence"),
+        spread(drowned(128)),
+        "0.05 cuts fewer",
+        *(
+            horizon(what)
+            for what in ("the same less that on the shortest", "share cut at 0.05, sequence, longest less shortest")
+        ),
         bound("kept with M = 2 less with M = 1, gaps below 0.5"),
         bound("kept if tight less as it is, gaps below 0.5"),
     ],
