@@ -281,7 +281,7 @@ def garbage(draw: random.Random) -> str:
 
 @pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_fuzz(ace, count):
-    """No exception, no call that outlives its time limit of 1 s by much, no growth of memory here or in the runners."""
+    """No exception, no call over 2 s at a time limit of 1 s, no growth of memory, here or in the runners."""
     verify = AceCode(path=ace, format_gate=True, timeout=1.0).problem("train", 0, 0).verify
     draw, seen, slowest, memory = random.Random(0), Counter(), 0.0, []
     for index in range(count):
@@ -296,7 +296,7 @@ def test_fuzz(ace, count):
             runners = [resident(pid) for pid in descendants(os.getpid()) if b"sandbox/inner.py" in command(pid)]
             memory.append((resident(), max(runners), len(runners)))
             print(index + 1, slowest, memory[-1], dict(seen))  # with -s, the long run reports its progress
-    assert slowest < 10.0  # runners wait for a processor too, which is not counted: on a busy machine 2.6 were seen
+    assert slowest < 2.0
     for held in zip(*memory):  # KiB, KiB, processes
         assert max(held[3:]) - max(held[:3]) < 20_000
     assert min(seen[key] for key in ("reward", "exact", "failed")) > 0

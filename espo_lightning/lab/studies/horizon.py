@@ -9,12 +9,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.gradients import cosine
-from espo_lightning.lab.studies.ratios import RATIOS, Recorded, surrogate
+from espo_lightning.lab.studies.ratios import CLIP_RANGES, RATIOS, Recorded, completion_gradients
 from espo_lightning.lab.studies.states import new_module, teach, train
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.policy import Policy
@@ -33,7 +32,6 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "M = 2": ELBO(draws=2),
     "mean field": MeanField(),
 }
-CLIP_RANGES = (4e-4, 0.05, 0.2)  # of the authors' demos, of this library's default, of the authors' recipes
 
 
 def chains(length: int) -> Chain:
@@ -153,13 +151,7 @@ def scattered(rollout: Rollout, masks: Masks, old: Policy, new: Policy, count: i
     rows = rollout.advantages.nonzero().squeeze(1)[:count].tolist()
     result, means, variances = {}, {}, {}
     for level, ratio in RATIOS.items():
-        gradients = []
-        for row in rows:
-            one = slice(row, row + 1)
-            terms = score(new, rollout.prompts.of(one), rollout.completion[one], masks.of(one))
-            loss = surrogate(before[:, one], rollout.advantages[one], ratio, math.inf, terms)
-            gradients.append(parameters_to_vector(torch.autograd.grad(loss, list(new.parameters()))))
-        stacked = torch.stack(gradients).double()
+        stacked = completion_gradients(rollout, new, masks, before, rows, ratio).double()
         norms = stacked.norm(dim=1)
         means[level], variances[level] = stacked.mean(0), float(stacked.var(0).sum())
         result[f"{level}_largest"] = float(norms.max() / norms.sum())

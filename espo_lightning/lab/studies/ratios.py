@@ -184,20 +184,29 @@ def whole_canvas(rollout: Rollout, policy: Policy, view: int, scatter: int) -> d
         },
     }
     chosen = rollout.advantages.nonzero().squeeze(1)[:scatter]
-    parameters = list(policy.parameters())
     for level, ratio in RATIOS.items():
-        gradients = []
-        for row in chosen.tolist():
-            one = slice(row, row + 1)
-            terms = score(policy, rollout.prompts.of(one), rollout.completion[one], masks.of(one))
-            loss = surrogate(old[:, one], rollout.advantages[one], ratio, math.inf, terms)
-            gradients.append(parameters_to_vector(torch.autograd.grad(loss, parameters)))
-        stacked = torch.stack(gradients)
+        stacked = completion_gradients(rollout, policy, masks, old, chosen.tolist(), ratio)
         result[f"{level}_variance"] = float(stacked.var(0).sum())
         result[f"{level}_largest_share"] = float((norms := stacked.norm(dim=1)).max() / norms.sum())
         result[f"{level}_mean"] = stacked.mean(0)
     result["cosine"] = cosine(result.pop("token_mean"), result.pop("sequence_mean"))
     return result
+
+
+def completion_gradients(
+    rollout: Rollout, policy: Policy, masks: Masks, old: Tensor, rows: list[int], ratio: Callable
+) -> Tensor:
+    """Gradients of the library's loss of single completions without a clip, one by one: [rows, P].
+
+    ``old``: terms [M, B, L] under the policy that decoded, on the same ``masks``.
+    """
+    parameters, gradients = list(policy.parameters()), []
+    for row in rows:
+        one = slice(row, row + 1)
+        terms = score(policy, rollout.prompts.of(one), rollout.completion[one], masks.of(one))
+        loss = surrogate(old[:, one], rollout.advantages[one], ratio, math.inf, terms)
+        gradients.append(parameters_to_vector(torch.autograd.grad(loss, parameters)))
+    return torch.stack(gradients)
 
 
 def real_batch(
