@@ -57,7 +57,7 @@ def passes(length: int, *, likelihood: str, updates: int, beta: float = 0.0, **_
     old values in the first update, and those of the reference once.
     """
     law = LIKELIHOODS[likelihood]
-    views = len(law.draw(torch.zeros(1, dtype=torch.int64), length).weight)
+    views = len(law.draw(torch.zeros(1, dtype=torch.int64), length).rows()[0])
     others = (updates - 1 if law.random else 0) + (beta > 0) * (updates if law.random else 1)
     return decoder(length).passes + views * (3 * updates + others)
 

@@ -154,10 +154,18 @@ def scattered(rollout: Rollout, masks: Masks, old: Policy, new: Policy, count: i
         "token_noise", "sequence_noise": the trace of their variance over the squared norm of the sequence level's mean
         on the spot, so that the two levels have one unit. "token_largest", ...: the largest one's share of all norms.
         "cosine": of the two levels' means.
+
+    Raises:
+        ValueError: fewer than two completions have an advantage.
     """
+    rows = rollout.advantages.nonzero().squeeze(1)[:count].tolist()
+    if len(rows) < 2:
+        raise ValueError(
+            f"gradients scatter among at least 2 completions with an advantage, got {len(rows)}: give scatter 2 or "
+            "more, more prompts, or a base that was taught more lessons"
+        )
     with torch.no_grad():
         before = score(old, rollout.prompts, rollout.completion, masks)
-    rows = rollout.advantages.nonzero().squeeze(1)[:count].tolist()
     result, means, variances = {}, {}, {}
     for level, ratio in RATIOS.items():
         stacked = completion_gradients(rollout, new, masks, before, rows, ratio).double()
