@@ -137,7 +137,7 @@ def told(setting: str | float) -> tuple:
 
 
 # notebook -> its arms
-TUNED = {"04_training_ablations": 4, "09_leaderboard": 36, "10_modes": 3, "13_length": 3}
+TUNED = {"04_training_ablations": 4, "09_leaderboard": 36, "10_modes": 3, "13_length": 3, "15_arms": 8}
 
 
 @pytest.mark.parametrize("name", TUNED)
