@@ -51,7 +51,7 @@ NUMBERS = {
     5: lambda: [
         spread(penalised("none", "exact")),
         apart(penalised("k2", "exact"), penalised("none", "exact")),
-        "0.1",
+        "β = 0.1 costs",
         *(differs("14", f"end with penalty less without, {level}") for level in ("sequence", "token")),
     ],
     6: lambda: [
