@@ -163,3 +163,6 @@ def test_what_a_notebook_costs_is_what_it_took():
     )[0]
     assert abs(int(said) - total) <= 5
     assert abs(float(hours.replace("½", ".5")) - total / 120) <= 0.3
+    core = sum(cost for name, cost in minutes.items() if name <= "13")
+    assert f"the core, 01 to 13, is {core} minutes, {round(core / 120)} hours on two" in flat(PAGE)
+    assert core <= 360  # 3 hours on two cores
