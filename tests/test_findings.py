@@ -59,7 +59,7 @@ NUMBERS = {
         f"{min(state['cosine_decoder']['ELBO'] for state in puzzles()):.2f}",
     ],
     7: lambda: [apart(reuse("cosine", "token"), reuse("cosine", "sequence")), spread(wider())],
-    8: lambda: far(),
+    8: lambda: [*far(), *(differs("15", f"sequence less token, ELBO, {length} tokens") for length in (16, 64, 128))],
     9: lambda: [
         differs("14", "end with penalty less without, sequence"),
         differs("14", "end with the penalty less without on the shortest, sequence"),
@@ -102,6 +102,15 @@ OTHERS = {
         ),
         *(losing(level, what) for level in ("token", "sequence") for what in ("updates", "learning rate", "canvas")),
         differs("14", "loss on 64 tokens, token less sequence"),
+        *(
+            differs("15", f"{what}, 64 tokens")
+            for what in (
+                "token, mean field less ELBO",
+                "token, mean field, less the base",
+                "sequence, mean field less ELBO",
+                "clip carried in nats less in the unit",
+            )
+        ),
         bound("kept with M = 2 less with M = 1, gaps below 0.5"),
         bound("kept if tight less as it is, gaps below 0.5"),
     ],
