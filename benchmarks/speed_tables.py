@@ -213,6 +213,13 @@ def memory() -> str:
     return markdown(["case", "straightforward, MiB", "competent", "library", "/ competent", "/ straightforward"], rows)
 
 
+def trajectory() -> str:
+    """Peak memory of an update along the decoder's trace, against its steps."""
+    rows = stored("trajectory")
+    head = ["steps of the trace", *(f"{way}, MiB" for way in rows[0]["MiB"])]
+    return markdown(head, [[str(row["steps"]), *(f"{x:.0f}" for x in row["MiB"].values())] for row in rows])
+
+
 def thresholds() -> str:
     """Passes and accuracy of confidence thresholds."""
     shown = (None, 0.5, 0.7, 0.9, 0.99)
@@ -289,6 +296,7 @@ TABLES = {
             start,
             wide,
             memory,
+            trajectory,
         ),
         *(thresholds, prefix, threads, kernels, bfloat16),
     )

@@ -175,3 +175,15 @@ def drowned(length: int) -> list[float]:
 def horizon(interval_of: str) -> str:
     """Notebook 11: one of its intervals."""
     return between(result("11")["summary"]["intervals"][interval_of])
+
+
+def differs(name: str, what: str) -> str:
+    """Notebooks 14 and 15: a difference's interval, with its mean before it."""
+    low, high = result(name)["summary"]["differences"][what]
+    return f"{(low + high) / 2:+.2f} {between((low, high))}"
+
+
+def losing(level: str, what: str) -> str:
+    """Notebook 14: how much more of the base's reward is lost for a factor of 2."""
+    low, high = result("14")["summary"]["slopes"][f"{level}, {what}"]
+    return f"{(low + high) / 2:.2f} {between((low, high))}"

@@ -90,6 +90,19 @@ def test_a_walk_ends_at_the_top(lr, clip):
     assert beside(found["a"], (RATES, CLIPS)) == []
 
 
+def test_a_walk_begins_where_it_is_told_to():
+    asked = []
+
+    def measure(wanted):
+        asked.extend(wanted)
+        return {(arm, setting): hill(1e-4, 0.2)(setting) for arm, setting in wanted}
+
+    found = walk(["a", "b"], (RATES, CLIPS), measure, {"a": (1e-4, None), "b": (1e-4, 0.2)})
+    assert asked[:2] == [("a", (1e-4, None)), ("b", (1e-4, 0.2))]
+    assert len(found["a"]) > len(found["b"])
+    assert {choose(scores, ["learning rate", "clip"]) for scores in found.values()} == {(1e-4, 0.2)}
+
+
 def test_a_walk_off_the_ladder_is_no_choice():
     found = walk(["a"], (RATES,), lambda wanted: {job: -job[1][0] for job in wanted})["a"]
     assert best(found) == (1e-6,)
@@ -124,7 +137,7 @@ def told(setting: str | float) -> tuple:
 
 
 # notebook -> its arms
-TUNED = {"04_training_ablations": 4, "09_leaderboard": 36, "10_modes": 3, "13_length": 3}
+TUNED = {"04_training_ablations": 4, "09_leaderboard": 36, "10_modes": 3, "13_length": 3, "15_arms": 8}
 
 
 @pytest.mark.parametrize("name", TUNED)

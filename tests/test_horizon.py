@@ -62,3 +62,10 @@ def test_of_the_mean_field_no_token_weighs_more_than_another():
     masks = MeanField().draw(torch.tensor([3, 4]), 4)
     found = horizon.log_ratios(rollout_of(policy, [1.0, -1.0]), masks, policy, other)
     assert found["token"] == pytest.approx(found["change"])
+
+
+def test_gradients_of_less_than_two_completions_do_not_scatter():
+    policy = new_policy(16, 1, 2, 16)
+    masks = ELBO().draw(torch.tensor([3, 4]), 4)
+    with pytest.raises(ValueError, match=r"at least 2 completions with an advantage, got 1.*more prompts"):
+        horizon.scattered(rollout_of(policy, [1.0, 0.0]), masks, policy, policy, 2)

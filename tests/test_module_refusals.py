@@ -14,7 +14,9 @@ from espo_lightning import (
     Decoding,
     PolicyGradient,
     k2_u,
+    own_length_ratio,
     sequence_ratio,
+    undivided_ratio,
 )
 
 pytestmark = pytest.mark.usefixtures("global_generators_untouched")
@@ -32,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("global_generators_untouched")
         ({"clip_range": None}, "give clip_range or clip_nats"),
         ({"clip_range": -0.1}, "clip_range must be 0 or positive"),
         ({"clip_nats": math.nan}, "clip_nats must be 0 or positive"),
+        ({"clip_nats": 1.0, "ratio": own_length_ratio}, "by which ratio=own_length_ratio does not divide"),
+        ({"clip_nats": 1.0, "ratio": undivided_ratio}, "by which ratio=undivided_ratio does not divide"),
         ({"beta": -1.0}, "beta must be 0"),
         ({"compile": "nothing"}, "compile must be one of"),
         ({"kl": k2_u}, "independent mask draws"),

@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 DECIMAL = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?![\w.])")
 
 
-@pytest.mark.parametrize("name", ["10_modes", "11_horizon", "12_bound", "13_length"])
+@pytest.mark.parametrize("name", ["10_modes", "11_horizon", "12_bound", "13_length", "14_collapse", "15_arms"])
 def test_every_decimal_is_one_of_the_outputs(name):
     cells = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
     printed = " ".join(

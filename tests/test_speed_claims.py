@@ -111,3 +111,9 @@ def test_what_was_measured_beside_the_authors_trainer_says_where():
 @pytest.mark.parametrize("name", ["step", "growth", "quality", "one_pass", "wide_vocabulary", "memory", "default_run"])
 def test_a_timing_names_its_processor(name):
     assert {"processor", "vectors", "bfloat16", "torch"} <= stored(name)["host"].keys()
+
+
+def test_the_verifiers_page_has_the_stored_speed_of_the_sandboxes():
+    text = " ".join((ROOT / "docs" / "verifiers.md").read_text().split())
+    speeds = [round(stored("sandbox")[kind]["per_second"]) for kind in ("bwrap", "stdlib")]
+    assert "they ran {} and {} programs a second".format(*speeds) in text

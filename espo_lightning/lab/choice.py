@@ -71,20 +71,22 @@ def walk(
     arms: Iterable[Hashable],
     ladders: Sequence[Sequence[float | None]],
     measure: Callable[[list[tuple]], Mapping[tuple, float]],
+    start: Mapping[Hashable, Setting] | None = None,
 ) -> dict[Hashable, dict[Setting, float]]:
     """Scores of the settings that every arm was tried with, by one rule for all.
 
-    It starts in the middle of every ladder, tries the neighbours of the best setting on all sides, and goes on from
-    the best of all, until none that was not tried is beside it.
+    It starts in the middle of every ladder, or where it is told to, tries the neighbours of the best setting on all
+    sides, and goes on from the best of all, until none that was not tried is beside it.
 
     Args:
         arms: names.
         ladders: for every value of a setting what may be tried, ascending, None last.
         measure: the scores of some (arm, setting).
+        start: every arm's first setting; None = the middle of the ladders.
     """
     middle = tuple(ladder[len(ladder) // 2] for ladder in ladders)
     found: dict[Hashable, dict[Setting, float]] = {arm: {} for arm in arms}
-    wanted = [(arm, middle) for arm in found]
+    wanted = [(arm, start[arm] if start else middle) for arm in found]
     while wanted:
         for (arm, setting), score in measure(wanted).items():
             found[arm][setting] = score

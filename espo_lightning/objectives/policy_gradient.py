@@ -18,7 +18,7 @@ from torch import Tensor
 
 from espo_lightning.objectives.kl import k2, k2_u, sequence_kl
 from espo_lightning.objectives.objective import Objective, Scores, Statistics, alike
-from espo_lightning.objectives.ratios import sequence_ratio
+from espo_lightning.objectives.ratios import own_length_ratio, sequence_ratio, undivided_ratio
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class PolicyGradient(Objective):
             `view_ratio`, `trace_ratio`, `step_ratio`, `truncated_ratio`, or your own.
         clip_range: eps of Eq. 7, in the unit of the ratio; inf switches clipping off.
         clip_nats: the same in nats per sequence, L ln(1 + eps); it takes the place of ``clip_range``.
+            Not with `own_length_ratio` or `undivided_ratio`, which do not divide by the canvas's L.
         clip_high: the upper eps, in the unit of the ratio, where it is another one; null = the same.
         kl: `k1`, `k1_score`, `k2`, `k2_u`, `k2_each`, `k3`, or your own estimator [M, ...] -> [...].
         kl_at: where it is applied: `sequence_kl` (ESPO), `undivided_kl`, `token_kl`, `view_kl`, `step_kl`, `trace_kl`.
@@ -40,7 +41,7 @@ class PolicyGradient(Objective):
         count: how much a completion counts: `alike` (ESPO) or `by_length`.
 
     Raises:
-        ValueError: no clip, or a negative clip or beta.
+        ValueError: no clip, a clip in nats of a ratio that L does not divide, or a negative clip or beta.
     """
 
     ratio: Callable = sequence_ratio  # its signature unnamed, so that the command line takes callable objects too
@@ -56,6 +57,11 @@ class PolicyGradient(Objective):
     def __post_init__(self):
         if self.clip_range is None and self.clip_nats is None:
             raise ValueError("give clip_range or clip_nats; clip_range=inf switches clipping off")
+        if self.clip_nats is not None and self.ratio in (own_length_ratio, undivided_ratio):
+            raise ValueError(
+                f"clip_nats is shared out over the L tokens of the canvas, by which ratio={self.ratio.__name__} does "
+                "not divide: give clip_range, and clip_high, in the unit of the ratio"
+            )
         for name in ("clip_range", "clip_nats", "clip_high"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

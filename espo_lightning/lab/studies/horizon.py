@@ -39,6 +39,15 @@ def chains(length: int) -> Chain:
     return Chain(steps=length // 2, reward="step")
 
 
+def decoder(length: int) -> Decoding:
+    """Two tokens a step, block by block."""
+    return Decoding(length=length, block_length=BLOCK, steps=length // 2)
+
+
+def untaught(seed: int) -> Policy:
+    return new_policy(hidden_size=64, layers=3, heads=4, intermediate_size=128, seed=seed)
+
+
 def taught(seed: int, canvases: Iterable[int], lessons: int, rounds: int) -> Policy:
     """A policy of 130,000 parameters, taught from scratch on one canvas after the other, several rounds long.
 
@@ -46,7 +55,7 @@ def taught(seed: int, canvases: Iterable[int], lessons: int, rounds: int) -> Pol
         canvases: lengths, every one of which at most 2,048 tokens.
         lessons: batches of 2,048 tokens of answers on every canvas in a round.
     """
-    policy = new_policy(hidden_size=64, layers=3, heads=4, intermediate_size=128, seed=seed)
+    policy = untaught(seed)
     for turn in range(rounds):
         for length in canvases:
             teach(policy, chains(length), 1000 * turn + seed, lessons, 3e-3, 2048 // length, length)
@@ -91,7 +100,7 @@ def spread(
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for length in canvases:
         base.load_state_dict(weights)
-        decoding = Decoding(length=length, block_length=BLOCK, steps=length // 2)
+        decoding = decoder(length)
         objective = PolicyGradient(clip_range=math.inf, beta=0.0)
         module = new_module(base, seed, Recorded, lr=lr, decoding=decoding, objective=objective, updates=max(updates))
         train(module, chains(length), seed, 1, batch=prompts)
@@ -145,10 +154,18 @@ def scattered(rollout: Rollout, masks: Masks, old: Policy, new: Policy, count: i
         "token_noise", "sequence_noise": the trace of their variance over the squared norm of the sequence level's mean
         on the spot, so that the two levels have one unit. "token_largest", ...: the largest one's share of all norms.
         "cosine": of the two levels' means.
+
+    Raises:
+        ValueError: fewer than two completions have an advantage.
     """
+    rows = rollout.advantages.nonzero().squeeze(1)[:count].tolist()
+    if len(rows) < 2:
+        raise ValueError(
+            f"gradients scatter among at least 2 completions with an advantage, got {len(rows)}: give scatter 2 or "
+            "more, more prompts, or a base that was taught more lessons"
+        )
     with torch.no_grad():
         before = score(old, rollout.prompts, rollout.completion, masks)
-    rows = rollout.advantages.nonzero().squeeze(1)[:count].tolist()
     result, means, variances = {}, {}, {}
     for level, ratio in RATIOS.items():
         stacked = completion_gradients(rollout, new, masks, before, rows, ratio).double()

@@ -5,7 +5,6 @@ turn round on the way, so that right answers have many lengths, and every furthe
 it takes many steps, all of which must be right.
 """
 
-import base64
 import math
 import re
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from functools import partial
 from random import Random
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import solve
-from espo_lightning.lab.studies.states import new_module, teach, train_or_diverge
+from espo_lightning.lab.studies.states import as_text, new_module, set_weights, teach, train_or_diverge
 from espo_lightning.objectives.advantages import leave_one_out
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.objectives.ratios import own_length_ratio, sequence_ratio, undivided_ratio
@@ -109,16 +107,9 @@ def taught(seed: int, *, lessons: int) -> dict:
     return {"weights": as_text(policy)}
 
 
-def as_text(policy: Policy) -> str:
-    """Its weights, so that a stored result can hold them."""
-    return base64.b64encode(save({name: tensor.clone() for name, tensor in policy.state_dict().items()})).decode()
-
-
 def base(weights: str) -> Policy:
     """The policy with these weights, of `as_text`."""
-    policy = empty_policy(0)
-    policy.load_state_dict(load(base64.b64decode(weights)))
-    return policy
+    return set_weights(empty_policy(0), weights)
 
 
 # ---- what the divisor pushes at --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Training runs for studies, and puzzles small enough to be enumerated."""
 
+import base64
 import copy
 import tempfile
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load, save
 from torch import Tensor
 
 from espo_lightning.decoding.masked import Decoding
@@ -33,13 +35,13 @@ LESSONS = ELBO(coupled=False, smallest_count=1)  # how the bundled policies were
 
 
 class Snapshots(Callback):
-    """Keeps copies of the policy after some rollouts, and the means of every rollout's verdicts.
+    """Keeps copies of the policy after some rollouts, the means of every rollout's verdicts, and its logged metrics.
 
-    "idle" among these is the share of groups whose completions all have the same reward: no policy gradient.
+    "idle" among the means is the share of groups whose completions all have the same reward: no policy gradient.
     """
 
     def __init__(self, at: Iterable[int]):
-        self.at, self.policies, self.verdicts = set(at), {}, []
+        self.at, self.policies, self.verdicts, self.metrics = set(at), {}, [], []
 
     def on_fit_start(self, trainer: Trainer, module: ESPOModule) -> None:
         self.keep(module)
@@ -48,6 +50,7 @@ class Snapshots(Callback):
         verdicts, rewards = module.last_rollout.verdicts, module.last_rollout.rewards
         means = {key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]}
         self.verdicts.append(means | {"idle": float((rewards == rewards[:, :1]).all(1).float().mean())})
+        self.metrics.append({key: float(value) for key, value in trainer.callback_metrics.items()})
         self.keep(module)
 
     def keep(self, module: ESPOModule) -> None:
@@ -122,6 +125,17 @@ def new_module(
 ) -> ESPOModule:
     """An `ESPOModule` with the settings of `fit`."""
     return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=WEIGHT_DECAY), **changes)
+
+
+def as_text(policy: Policy) -> str:
+    """Its weights, so that a stored result can hold them."""
+    return base64.b64encode(save({name: tensor.clone() for name, tensor in policy.state_dict().items()})).decode()
+
+
+def set_weights(policy: Policy, weights: str) -> Policy:
+    """The policy, with the weights of `as_text` from now on."""
+    policy.load_state_dict(load(base64.b64decode(weights)))
+    return policy
 
 
 def held_out(policy: Policy, task: Task, problems: int) -> dict[str, float]:
