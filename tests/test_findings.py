@@ -53,6 +53,7 @@ NUMBERS = {
         apart(penalised("k2", "exact"), penalised("none", "exact")),
         "β = 0.1 costs",
         *(differs("14", f"end with penalty less without, {level}") for level in ("sequence", "token")),
+        *(differs("14", f"on new seeds, {limit} less plain") for limit in ("penalty", "clip")),
     ],
     6: lambda: [
         *(spread(tightness(stage, "cosine_decoder", s)) for stage in range(3) for s in ("ELBO", "log p^U")),
@@ -61,9 +62,10 @@ NUMBERS = {
     7: lambda: [apart(reuse("cosine", "token"), reuse("cosine", "sequence")), spread(wider())],
     8: lambda: [*far(), *(differs("15", f"sequence less token, ELBO, {length} tokens") for length in (16, 64, 128))],
     9: lambda: [
-        differs("14", "end with penalty less without, sequence"),
-        differs("14", "end with the penalty less without on the shortest, sequence"),
+        differs("14", "on new seeds, penalty less plain"),
         differs("14", "gain of the penalty, long less short, sequence"),
+        differs("14", "on new seeds, the first less the second"),
+        differs("14", "on new seeds, clip less penalty"),
     ],
     11: lambda: [
         *(spread(direction(kl)) for kl in ("k1", "k2", "k3")),
