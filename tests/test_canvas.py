@@ -1,15 +1,18 @@
 """The runs of notebooks 14 and 15: what they cost, what they watch, how they are measured."""
 
+import json
 import math
 from itertools import product
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 from espo_lightning.lab.studies import canvas
 from espo_lightning.lab.studies.arms import module_flops
-from espo_lightning.lab.studies.horizon import LIKELIHOODS, chains, untaught
-from espo_lightning.lab.studies.states import Snapshots, as_text
+from espo_lightning.lab.studies.horizon import LIKELIHOODS, chains
+from espo_lightning.lab.studies.states import Snapshots, as_text, untaught
 from espo_lightning.objectives.objective import Scores
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.objectives.ratios import sequence_ratio, token_ratio
@@ -61,6 +64,23 @@ def test_costs_are_proportional_to_flops(likelihood, beta, updates):
         found[name] = exact, canvas.passes(length, **costs)
     exact, ours = ([found[name][i] for name in ("arm", "plain")] for i in (0, 1))
     assert ours[0] / ours[1] == pytest.approx(exact[0] / exact[1], rel=0.12)
+
+
+def test_the_arms_of_notebook_15_have_the_flops_that_it_says(tmp_path):
+    untaught(0).save(tmp_path)
+
+    def count(length, likelihood):
+        module = canvas.module_of(untaught(0), 0, length, **ARM | {"likelihood": likelihood, "updates": 8})
+        return sum(module_flops(module, chains(length), str(tmp_path), 4).values())
+
+    folder = Path(__file__).parents[1] / "notebooks"
+    rollouts = json.loads((folder / "results" / "15_arms" / "result.json").read_text())["summary"]["rollouts"]
+    shares = []
+    for n in (16, 64, 128):
+        ours, theirs = (rollouts[f"token, {law}, {n} tokens"] * count(n, law) / 1e6 for law in ("mean field", "ELBO"))
+        shares.append(f"{ours / theirs:.2f}")
+    text = " ".join(cell.source for cell in nbformat.read(folder / "15_arms.ipynb", as_version=4).cells)
+    assert "has {}, {} and {} times the FLOPs".format(*shares) in " ".join(text.split())
 
 
 def test_a_run_is_the_same_twice_and_says_what_it_saw():

@@ -100,7 +100,7 @@ def test_a_clip_in_nats_is_the_same_in_every_unit(divisor):
 
 
 def test_weights_travel_as_text():
-    there, back = length.empty_policy(3), length.base(length.as_text(length.empty_policy(3)))
+    there, back = length.untaught(3), length.base(length.as_text(length.untaught(3)))
     assert torch.equal(*(parameters_to_vector(policy.parameters()) for policy in (there, back)))
 
 
@@ -108,12 +108,12 @@ def test_weights_travel_as_text():
 def tiny(monkeypatch):
     """Policies that take no time."""
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}
-    monkeypatch.setattr(length, "empty_policy", lambda seed: new_policy(**sizes, seed=seed))
+    monkeypatch.setattr(length, "untaught", lambda seed: new_policy(**sizes, seed=seed))
 
 
 def test_the_gradients_of_the_divisors(tiny, monkeypatch):
     """Of answers that are all wrong there is none; of equally long ones, both are the same but for the length."""
-    weights = length.as_text(length.empty_policy(0))
+    weights = length.as_text(length.untaught(0))
     pushes = length.pushes(0, weights=weights, problems=1)
     assert pushes == {divisor: {"length": 0, "reward": 0} for divisor in ("1/L", "1/|y|")}
     monkeypatch.setattr(length, "verify", lambda start, text: {"reward": float("7" in text)})

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import solve
-from espo_lightning.lab.studies.horizon import LIKELIHOODS, chains, decoder, taught, untaught
+from espo_lightning.lab.studies.horizon import LIKELIHOODS, chains, decoder, taught
 from espo_lightning.lab.studies.ratios import RATIOS
-from espo_lightning.lab.studies.states import as_text, new_module, set_weights, train_or_diverge
+from espo_lightning.lab.studies.states import as_text, new_module, set_weights, train_or_diverge, untaught
 from espo_lightning.objectives.objective import Scores, Statistics
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.policy import Policy
 from espo_lightning.training.module import ESPOModule
 
-TEST, TRAIN = ("test", 0), ("train", 1_000_000)  # split and seed of problems that no run trains on
+# splits and seeds of problems: those that measure a run, of pairs of digits that none trains on, and those that choose
+# settings, of the pairs that all train on, drawn anew, so that nothing is chosen by what measures
+TEST, TUNING = ("test", 0), ("train", 1_000_000)
 WATCHED = ("reward", "grad_norm", "terms", "log_ratio_max", "clip_low", "clip_high")
 
 
@@ -38,8 +40,8 @@ def base(seed: int, *, canvases: list[int], lessons: int, rounds: int, answers: 
 class Watched(PolicyGradient):
     """Also says of every completion how many "terms" make its gradient, as a share of those that are scored.
 
-    It is (sum of |g|)^2 / (sum of g^2) / terms, over the derivatives g of its loss in the log-probabilities: 1 if all
-    have the same size, 1 over their number if one drowns the others, 0 if all are clipped.
+    That statistic, [B], is (sum of |g|)^2 / (sum of g^2) / terms, over the derivatives g of its loss in the
+    log-probabilities: 1 if all have the same size, 1 over their number if one drowns the others, 0 if all are clipped.
     """
 
     def __call__(self, scores: Scores, advantages: Tensor, group: int) -> tuple[Tensor, Statistics]:
@@ -50,11 +52,12 @@ class Watched(PolicyGradient):
         return losses, statistics | {"terms": effective / scores.scored.sum((0, 2))}
 
 
-def passes(length: int, *, likelihood: str, updates: int, beta: float = 0.0, **_) -> int:
+def passes(length: int, *, likelihood: str, updates: int, beta: float = 0.0) -> int:
     """What a rollout and its updates cost, in forward passes of a whole canvas per completion; a backward pass is two.
 
-    All of them see the same canvas, so that FLOPs are in proportion. The mean field, which draws no masks, scores its
-    old values in the first update, and those of the reference once.
+    The mean field, which draws no masks, scores its old values in the first update, and those of the reference once.
+    FLOPs are nearly in proportion: counted exactly (`module_flops`), they are up to an eighth more for the mean field,
+    whose updates differentiate all positions of a pass, where each of a pair has half of them.
     """
     law = LIKELIHOODS[likelihood]
     views = len(law.draw(torch.zeros(1, dtype=torch.int64), length).rows()[0])
@@ -106,7 +109,7 @@ def trained(
         length: of the canvas.
         rollouts: so many, of ``prompts`` problems with 8 completions each.
         answers: that measure the last policy.
-        pilot: measure it on problems of the training split that no run trains on, instead of the test split.
+        pilot: measure it on `TUNING` instead of `TEST`, and keep nothing of what was watched.
         arm: see `module_of`.
 
     Returns:
@@ -118,7 +121,7 @@ def trained(
     if diverged:
         after = dict.fromkeys(("reward", "step", "target", "exact"), 0.0)
     else:
-        after = measured(snapshots.policies[rollouts], length, answers, TRAIN if pilot else TEST)
+        after = measured(snapshots.policies[rollouts], length, answers, TUNING if pilot else TEST)
     watched = {key: [finite(row.get(f"train/{key}", math.nan)) for row in snapshots.metrics] for key in WATCHED}
     return {**after, "diverged": diverged, "watched": {} if pilot else watched}
 

@@ -14,10 +14,9 @@ from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.gradients import cosine
 from espo_lightning.lab.studies.ratios import CLIP_RANGES, RATIOS, Recorded, completion_gradients
-from espo_lightning.lab.studies.states import new_module, teach, train
+from espo_lightning.lab.studies.states import new_module, teach, train, untaught
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.policies.policy import Policy
-from espo_lightning.policies.tiny import new_policy
 from espo_lightning.scoring.likelihood import ELBO, Likelihood, MeanField
 from espo_lightning.scoring.masks import Masks
 from espo_lightning.scoring.score import score
@@ -42,10 +41,6 @@ def chains(length: int) -> Chain:
 def decoder(length: int) -> Decoding:
     """Two tokens a step, block by block."""
     return Decoding(length=length, block_length=BLOCK, steps=length // 2)
-
-
-def untaught(seed: int) -> Policy:
-    return new_policy(hidden_size=64, layers=3, heads=4, intermediate_size=128, seed=seed)
 
 
 def taught(seed: int, canvases: Iterable[int], lessons: int, rounds: int) -> Policy:

@@ -18,12 +18,11 @@ from torch.nn.utils import parameters_to_vector
 from espo_lightning.decoding.masked import Decoding
 from espo_lightning.keys import fold_in
 from espo_lightning.lab.evaluation import solve
-from espo_lightning.lab.studies.states import as_text, new_module, set_weights, teach, train_or_diverge
+from espo_lightning.lab.studies.states import as_text, new_module, set_weights, teach, train_or_diverge, untaught
 from espo_lightning.objectives.advantages import leave_one_out
 from espo_lightning.objectives.policy_gradient import PolicyGradient
 from espo_lightning.objectives.ratios import own_length_ratio, sequence_ratio, undivided_ratio
 from espo_lightning.policies.policy import Policy
-from espo_lightning.policies.tiny import new_policy
 from espo_lightning.scoring.likelihood import ELBO, Seen
 from espo_lightning.tasks import Problem, Task, Verdict
 from espo_lightning.tasks.base import rng
@@ -96,20 +95,16 @@ class Walks(Task):
 # ---- the base --------------------------------------------------------------------------------------------
 
 
-def empty_policy(seed: int) -> Policy:
-    return new_policy(hidden_size=64, layers=3, heads=4, intermediate_size=128, seed=seed)
-
-
 def taught(seed: int, *, lessons: int) -> dict:
     """A small transformer from scratch after ``lessons`` batches of 64 demonstrations: its "weights" as text."""
-    policy = empty_policy(seed)
+    policy = untaught(seed)
     teach(policy, Walks(), seed, lessons, lr=4e-3, batch=64, length=LENGTH)
     return {"weights": as_text(policy)}
 
 
 def base(weights: str) -> Policy:
     """The policy with these weights, of `as_text`."""
-    return set_weights(empty_policy(0), weights)
+    return set_weights(untaught(0), weights)
 
 
 # ---- what the divisor pushes at --------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from espo_lightning.lab.evaluation import solve
 from espo_lightning.lab.exact import all_symbols, elbos, enumerate_completions, exact_kl, lattice_edges, log_likelihoods
 from espo_lightning.lab.tabular import FreeCells
 from espo_lightning.policies.policy import Policy, Prompts
+from espo_lightning.policies.tiny import new_policy
 from espo_lightning.scoring.likelihood import ELBO
 from espo_lightning.tasks import Countdown, Problem, Sudoku, Task
 from espo_lightning.training.data import ProblemLoader, PromptDataModule
@@ -125,6 +126,11 @@ def new_module(
 ) -> ESPOModule:
     """An `ESPOModule` with the settings of `fit`."""
     return kind(policy, seed=seed, optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=WEIGHT_DECAY), **changes)
+
+
+def untaught(seed: int) -> Policy:
+    """The small transformer from scratch, of 130,000 parameters, that notebooks 11 and 13 to 15 teach and train."""
+    return new_policy(hidden_size=64, layers=3, heads=4, intermediate_size=128, seed=seed)
 
 
 def as_text(policy: Policy) -> str:
